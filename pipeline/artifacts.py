@@ -1,0 +1,236 @@
+"""Storage: files on any path that pyarrow knows, written whole or not at all, with a fingerprint of what they were made from.
+
+A path is local (`/data/run`, `runs/a`) or a URI (`s3://bucket/run`, `gs://bucket/run`). Local files are written beside their
+target, synced and renamed; object stores have no rename and need none: a PUT is seen whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pyarrow import fs as arrow_fs
+
+
+class StaleArtifact(ValueError):
+    """An artifact was made from other inputs than this run has."""
+
+
+class StorageError(OSError):
+    """A path cannot be read or written; the message says which and what to do."""
+
+
+# --- paths -------------------------------------------------------------------------------------------------------------
+
+
+def is_uri(path: str) -> bool:
+    return "://" in path
+
+
+def join(root: str, *parts: str) -> str:
+    return "/".join([root.rstrip("/"), *parts])
+
+
+def absolute(path: str) -> str:
+    """`path` independent of the working directory: Ray's workers run in another one."""
+    return path.rstrip("/") if is_uri(path) else os.path.abspath(os.path.expanduser(path))
+
+
+def _remote(path: str) -> tuple[arrow_fs.FileSystem, str]:
+    filesystem, inner = arrow_fs.FileSystem.from_uri(path)
+    return filesystem, inner
+
+
+# --- whole files -------------------------------------------------------------------------------------------------------
+
+
+def write_bytes(path: str, data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the new one, never a part, even after a power cut."""
+    if is_uri(path):
+        filesystem, inner = _remote(path)
+        with filesystem.open_output_stream(inner) as stream:
+            stream.write(data)
+        return
+    directory = os.path.dirname(os.path.abspath(path))
+    temporary = os.path.join(directory, f".{os.path.basename(path)}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        os.makedirs(directory, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_directory(directory)
+    except OSError as error:
+        _discard(temporary)
+        raise StorageError(
+            error.errno,
+            f"cannot write {path} ({len(data)} bytes): {error.strerror}. What was there before is untouched. "
+            "Free some space or choose a writable --run-dir, then run the same command again.",
+        ) from error
+
+
+def _sync_directory(directory: str) -> None:
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _discard(path: str) -> None:
+    try:
+        os.unlink(path)
+    except OSError:
+        return  # never created, or its disk is gone; the name cannot be mistaken for a finished file
+
+
+def read_bytes(path: str) -> bytes:
+    if is_uri(path):
+        filesystem, inner = _remote(path)
+        with filesystem.open_input_file(inner) as stream:
+            return stream.read()
+    with open(path, "rb") as file:
+        return file.read()
+
+
+def exists(path: str) -> bool:
+    if is_uri(path):
+        filesystem, inner = _remote(path)
+        return filesystem.get_file_info(inner).type != arrow_fs.FileType.NotFound
+    return os.path.exists(path)
+
+
+def list_dir(path: str) -> list[str]:
+    """Names in a directory, sorted; temporary files of unfinished writes are not listed. A missing directory is empty."""
+    if is_uri(path):
+        filesystem, inner = _remote(path)
+        infos = filesystem.get_file_info(arrow_fs.FileSelector(inner, allow_not_found=True))
+        names = [info.base_name for info in infos]
+    else:
+        names = os.listdir(path) if os.path.isdir(path) else []
+    return sorted(name for name in names if not name.startswith("."))
+
+
+def remove(path: str) -> None:
+    if is_uri(path):
+        filesystem, inner = _remote(path)
+        filesystem.delete_file(inner)
+    elif os.path.exists(path):
+        os.unlink(path)
+
+
+def write_json(path: str, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+
+
+def read_json(path: str) -> Any:
+    try:
+        return json.loads(read_bytes(path))
+    except ValueError as error:
+        raise StorageError(f"{path} is not valid JSON ({error}). Remove it to make it anew.") from error
+
+
+def probe_writable(directory: str) -> None:
+    """Write and remove a small file: a read-only or full place is found before the work, not after it."""
+    probe = join(directory, f"probe-{socket.gethostname()}-{os.getpid()}")
+    write_bytes(probe, b"x" * 4096)
+    remove(probe)
+
+
+# --- fingerprints ------------------------------------------------------------------------------------------------------
+
+
+def sha256_of(value: Any) -> str:
+    """sha256 of the canonical JSON of plain data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()).hexdigest()
+
+
+def short(fingerprint: str) -> str:
+    return fingerprint[:12]
+
+
+def differences(stored: Mapping[str, Any], wanted: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Which leaves differ, as `name: stored -> wanted`."""
+    lines: list[str] = []
+    for key in sorted({*stored, *wanted}):
+        old, new = stored.get(key), wanted.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            lines.append(f"{prefix}{key}: {old!r} -> {new!r}")
+    return lines
+
+
+# --- the manifest ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class StageRecord:
+    """One finished stage: what it was made from, and what it made."""
+
+    state: str
+    fingerprint: str
+    inputs: dict[str, Any]
+    artifact: str
+    started: float
+    finished: float
+
+    @property
+    def seconds(self) -> float:
+        return self.finished - self.started
+
+
+class Manifest:
+    """`RUN/manifest.json`: stage -> record. Written last, after the stage's artifact: a stage without a record is not done."""
+
+    def __init__(self, run_dir: str) -> None:
+        self.path = join(run_dir, "manifest.json")
+        stored = read_json(self.path) if exists(self.path) else {}
+        self.stages = {name: StageRecord(**{k: v for k, v in record.items() if k != "seconds"}) for name, record in stored.items()}
+
+    def finished(self, stage: str, inputs: Mapping[str, Any]) -> bool:
+        """Is `stage` done from these very inputs? Raises StaleArtifact if it, or a beginning of it, was made from others."""
+        record = self.stages.get(stage)
+        if record is None:
+            return False
+        wanted = sha256_of(inputs)
+        if record.fingerprint != wanted:
+            changed = "; ".join(differences(record.inputs, inputs)) or "inputs of an earlier version"
+            raise StaleArtifact(
+                f"{record.artifact or self.path}: stage '{stage}' was made from {short(record.fingerprint)}, this run asks for "
+                f"{short(wanted)} ({changed}). Use another --run-dir, or the first run's values."
+            )
+        return record.state == "done"
+
+    def begin(self, stage: str, inputs: Mapping[str, Any]) -> None:
+        """Note the inputs before the work: a half-done stage is not mistaken for one of another configuration."""
+        started = self.stages[stage].started if stage in self.stages else time.time()
+        self._put(stage, StageRecord("running", sha256_of(inputs), dict(inputs), "", started, 0.0))
+
+    def finish(self, stage: str, artifact: str) -> None:
+        record = self.stages[stage]
+        self._put(stage, StageRecord("done", record.fingerprint, record.inputs, artifact, record.started, time.time()))
+
+    def _put(self, stage: str, record: StageRecord) -> None:
+        self.stages[stage] = record
+        content = {name: {**_plain(record), "seconds": round(record.seconds, 3)} for name, record in self.stages.items()}
+        write_json(self.path, content)
+
+
+def _plain(record: StageRecord) -> dict[str, Any]:
+    return {
+        "state": record.state,
+        "fingerprint": record.fingerprint,
+        "inputs": record.inputs,
+        "artifact": record.artifact,
+        "started": record.started,
+        "finished": record.finished,
+    }

@@ -1,0 +1,303 @@
+"""RunConfig: everything a run depends on, one frozen model per stage, a docstring under each field; YAML in and out.
+
+Configuration stops at the stage: functions that compute take plain arguments. What decides the result (rows, criterion, budget)
+is kept apart from what only decides the speed (`workers`): the same run on one worker and on sixty-four has one fingerprint.
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+
+class ConfigError(ValueError):
+    """What a user wrote does not fit; each line names the field, the value and the way out."""
+
+
+class Section(BaseModel):
+    """One part of the configuration: frozen, closed to unknown keys, its field docstrings are the help text."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+def _as_tuple(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+IntTuple = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
+
+
+class ModelConfig(Section):
+    """The dense network to start from."""
+
+    name: str = "resnet152.tv2_in1k"
+    """timm name, or `package.module:factory` of your own."""
+    pretrained: bool = True
+    """Take timm's weights from the Hub. Off: random weights, or `checkpoint`."""
+    checkpoint: str | None = None
+    """safetensors or torch file with the weights (loaded with weights_only=True), or `pkg:PACKAGE/FILE` in an installed package."""
+    num_classes: int | None = Field(default=None, ge=2)
+    """Outputs of the network; empty: the factory's own."""
+    classes: IntTuple | None = None
+    """Keep these rows of the classifier, in the order of the data's labels: an ImageNet network for a subset of its classes."""
+    kwargs: dict[str, int | float | bool | str] = Field(default_factory=dict)
+    """Further arguments of the factory."""
+
+
+class DataConfig(Section):
+    """Where the rows are and how an image becomes a tensor."""
+
+    train: str = ""
+    """Rows for scoring and recovery: Parquet (file, directory, glob, s3://, gs://), image folder, or hf:OWNER/NAME[:SPLIT]."""
+    val: str = ""
+    """Rows for evaluation, the same forms."""
+    image_column: str = "image"
+    """Column with the encoded image: binary, or Hugging Face's struct<bytes, path>."""
+    label_column: str = "label"
+    """Column with the integer label."""
+    image_size: int = Field(default=224, ge=8)
+    """Height and width in pixels that the network sees."""
+    crop_fraction: float | None = Field(default=None, gt=0, le=1)
+    """Evaluation crop: the shorter side is resized to image_size / crop_fraction. Empty: the network's own."""
+    mean: tuple[float, float, float] | None = None
+    """Per-channel mean of the input in 0..1. Empty: the network's own."""
+    std: tuple[float, float, float] | None = None
+    """Per-channel standard deviation. Empty: the network's own."""
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    """A corrupt image or label: `stop` names it and ends the run, `skip` counts it and lists it in the report."""
+    max_bad_fraction: float = Field(default=0.001, ge=0, le=1)
+    """With `skip`: more bad rows than this fraction end the run all the same."""
+    cache_dir: str = "~/.cache/gradient-pruning-pipeline"
+    """Where rows from the Hub are kept as Parquet."""
+
+
+class TrainingConfig(Section):
+    """Distributed training, used before pruning (`train`) and after it (`recover`)."""
+
+    epochs: int = Field(default=0, ge=0)
+    """Passes over data.train; 0 leaves the stage out."""
+    batch_size: int = Field(default=256, ge=1)
+    """Rows in one step, over all workers."""
+    num_streams: int = Field(default=8, ge=1)
+    """Fixed number of streams that the epoch's order is dealt to; the largest possible number of training workers."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """SGD has Nesterov momentum."""
+    lr: float = Field(default=0.1, gt=0)
+    """Peak learning rate at this batch_size."""
+    min_lr: float = Field(default=1e-5, ge=0)
+    """Learning rate at the end of the cosine."""
+    warmup_epochs: float = Field(default=0.5, ge=0)
+    """Linear warm-up."""
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    """Momentum of SGD, beta1 of AdamW."""
+    weight_decay: float = Field(default=2e-5, ge=0)
+    """Not applied to norms and biases."""
+    label_smoothing: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the label given to all classes alike."""
+    ema_decay: float = Field(default=0.999, ge=0, lt=1)
+    """Decay per step of the averaged weights, which are the result; 0 takes the last weights themselves."""
+    distill_weight: float = Field(default=0.0, ge=0, le=1)
+    """Share of the loss that follows the dense network's logits."""
+    distill_temperature: float = Field(default=2.0, gt=0)
+    """Softens both sets of logits."""
+    clip_grad_norm: float | None = Field(default=None, gt=0)
+    """Largest global norm of a gradient."""
+    crop_scale: tuple[float, float] = (0.35, 1.0)
+    """Area of the random resized crop."""
+    auto_augment: str | None = None
+    """timm's policy string, for example rand-m9-mstd0.5-inc1."""
+    random_erase: float = Field(default=0.0, ge=0, le=1)
+    """Probability of random erasing."""
+    amp: Literal["auto", "bf16", "off"] = "auto"
+    """Mixed precision; `auto` is bf16 on a GPU and off on a CPU."""
+    checkpoint_every_steps: int = Field(default=500, ge=1)
+    """Steps between two checkpoints: what a death can cost."""
+    loader_processes: int = Field(default=0, ge=0)
+    """Processes per worker that decode and augment; 0 does it in the worker itself (best when a worker has one core)."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> TrainingConfig:
+        if self.batch_size % self.num_streams:
+            raise ValueError(
+                f"batch_size ({self.batch_size}) must be a multiple of num_streams ({self.num_streams}), so that each stream gives "
+                "the same number of rows to a step. Change one of the two."
+            )
+        return self
+
+
+class ScoreConfig(Section):
+    """The saliency pass."""
+
+    criterion: str = "taylor"
+    """Name in saliency.criteria.CRITERIA."""
+    statistics: Literal["channels", "channels+weights"] = "channels"
+    """What the pass stores: per-sample channel gates, or these and the per-weight gradient statistics."""
+    num_rows: int | None = Field(default=None, ge=1)
+    """Rows of data.train to score, spread evenly; empty: all."""
+    rows_per_unit: int = Field(default=64, ge=1)
+    """Rows in one unit of work; never derived from the number of workers."""
+    micro_batch: int = Field(default=32, ge=1)
+    """Rows in one forward and backward."""
+    headroom_bits: int = Field(default=12, ge=4, le=30)
+    """How much larger than the pilot unit's a sum may be, as a power of two (saliency/exact.py)."""
+    seed: int = 0
+    """Seed of the `random` criterion."""
+
+    @model_validator(mode="after")
+    def _fits(self) -> ScoreConfig:
+        if self.micro_batch > self.rows_per_unit:
+            raise ValueError(
+                f"micro_batch ({self.micro_batch}) must not exceed rows_per_unit ({self.rows_per_unit}). Raise rows_per_unit or lower micro_batch."
+            )
+        return self
+
+
+class BudgetConfig(Section):
+    """What must remain."""
+
+    params: float | None = None
+    """Fraction of the parameters that remains, between 0 and 1."""
+    macs: float | None = None
+    """Fraction of the multiply-accumulates that remains, between 0 and 1."""
+    scope: Literal["auto", "global", "layer", "isomorphic"] = "auto"
+    """How groups compete: all together, each alike, or those of one shape; `auto` is the criterion's own."""
+    min_keep: float = Field(default=0.1, gt=0, le=1)
+    """Least fraction of each group that stays."""
+    round_to: int = Field(default=8, ge=1)
+    """Kept channels are a multiple of this in groups larger than 32."""
+
+    @model_validator(mode="after")
+    def _one(self) -> BudgetConfig:
+        named = {"params": self.params, "macs": self.macs}
+        given = {name: value for name, value in named.items() if value is not None}
+        if len(given) > 1:
+            raise ValueError(f"params ({self.params}) and macs ({self.macs}) are both given. Give one of the two; set the other to None.")
+        for name, value in given.items():
+            if not 0 < value < 1:
+                raise ValueError(f"{name} ({value}) must lie between 0 and 1: the fraction that remains, for example --budget.{name} 0.5.")
+        return self
+
+
+class ControlsConfig(Section):
+    """The plans that the chosen criterion must beat."""
+
+    criteria: tuple[Literal["random", "magnitude"], ...] = ("random", "magnitude")
+    """Cut and evaluated at the same budget before recovery."""
+    recover: bool = False
+    """Recover them, too (as costly as the run's own recovery, each)."""
+
+
+class CalibrateConfig(Section):
+    """Re-estimation of batch-norm statistics after the cut."""
+
+    batches: int = Field(default=100, ge=0)
+    """Batches of score.micro_batch * 4 rows; 0 leaves the old statistics."""
+    batch_size: int = Field(default=128, ge=2)
+    """Rows in one batch of statistics."""
+
+
+class EvaluateConfig(Section):
+    """The final and intermediate accuracy."""
+
+    batch_size: int = Field(default=64, ge=1)
+    """Rows in one forward."""
+    num_rows: int | None = Field(default=None, ge=1)
+    """Rows of data.val, spread evenly; empty: all."""
+    latency_batch: int = Field(default=32, ge=1)
+    """Second batch size of the latency measurement; the first is 1."""
+    latency_runs: int = Field(default=30, ge=3)
+    """Repetitions; the median is reported."""
+
+
+class WorkersConfig(Section):
+    """How much of the cluster to use. Nothing here changes a result, except `threads` and `device` (bits differ between them)."""
+
+    num_workers: int | None = Field(default=None, ge=1)
+    """Workers; empty: one for each GPU, or as many as the CPUs allow."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """`auto` takes GPUs when the cluster has any."""
+    threads: int = Field(default=1, ge=1)
+    """CPU threads of one worker's computation."""
+    decode_threads: int = Field(default=1, ge=1)
+    """Background threads of one worker that decode images."""
+    address: str | None = None
+    """Ray cluster to join; empty: the one of this job, or a local one."""
+    commit_interval_s: float = Field(default=30.0, gt=0)
+    """About how much work one commit holds: what a death can cost."""
+    max_failures: int = Field(default=3, ge=0)
+    """Deaths that one unit, or the training, may cause before the run gives up."""
+
+
+class RunConfig(Section):
+    """One pruning run."""
+
+    run_dir: str = "runs/run"
+    """Where everything is kept; the same directory resumes. Must be shared storage on a cluster."""
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    data: DataConfig = Field(default_factory=DataConfig)
+    train: TrainingConfig = Field(default_factory=TrainingConfig)
+    """Training before pruning; off (epochs = 0) for a network that is trained already."""
+    score: ScoreConfig = Field(default_factory=ScoreConfig)
+    budget: BudgetConfig = Field(default_factory=BudgetConfig)
+    controls: ControlsConfig = Field(default_factory=ControlsConfig)
+    calibrate: CalibrateConfig = Field(default_factory=CalibrateConfig)
+    recover: TrainingConfig = Field(default_factory=lambda: TrainingConfig(epochs=3, distill_weight=0.7))
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    workers: WorkersConfig = Field(default_factory=WorkersConfig)
+    seed: int = 0
+    """Seed of initial weights, training order and augmentation."""
+    quiet: bool = False
+    """No progress at all."""
+
+    @model_validator(mode="after")
+    def _budget_is_given(self) -> RunConfig:
+        if self.budget.params is None and self.budget.macs is None:
+            raise ValueError("budget: give budget.params or budget.macs, the fraction that remains, for example --budget.params 0.5.")
+        return self
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def parse(values: dict[str, Any]) -> RunConfig:
+    """A RunConfig from plain data; every problem on a line of its own."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(explain(error)) from None
+
+
+def load(path: str) -> RunConfig:
+    """A RunConfig from a YAML file."""
+    values = yaml.safe_load(Path(path).read_text())
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds no mapping of configuration sections but {type(values).__name__}.")
+    return parse(values)
+
+
+def explain(error: ValidationError) -> str:
+    """Pydantic's errors as lines `field = value: what is wrong, what now`."""
+    lines = []
+    for item in error.errors():
+        field = ".".join(str(part) for part in item["loc"])
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{field}: there is no such field.{_suggest(item['loc'])}")
+        elif item["type"] == "value_error":
+            lines.append(f"{field + '.' if field else ''}{item['ctx']['error']}")
+        else:
+            lines.append(f"{field} = {item['input']!r}: {item['msg'].lower()}. Correct it in the YAML file or with --{field} VALUE.")
+    return "\n".join(lines)
+
+
+def _suggest(loc: tuple[int | str, ...]) -> str:
+    section: Any = RunConfig
+    for part in loc[:-1]:
+        field = section.model_fields.get(str(part)) if hasattr(section, "model_fields") else None
+        section = field.annotation if field is not None else None
+    known = list(section.model_fields) if hasattr(section, "model_fields") else []
+    close = difflib.get_close_matches(str(loc[-1]), known, n=1)
+    return f" Did you mean {close[0]}?" if close else f" Known: {', '.join(known)}."

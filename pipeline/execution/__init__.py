@@ -1,0 +1,1 @@
+"""Processes: who runs which unit, what happens when one dies, and the only code that imports ray."""

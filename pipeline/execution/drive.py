@@ -1,0 +1,201 @@
+"""One pass over the data: the coordinator decides, a pool acts, the ledger keeps. The same loop for one process and for a cluster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from pipeline.execution.coordinator import Abort, Coordinator, Done, Event, Failed, Finish, Joined, Lost, Spawn, Tick, Work
+from pipeline.execution.ledger import Reading, digest
+from pipeline.execution.worker import Pass, UnitWorker
+from pipeline.saliency.exact import Grid
+
+
+class PassFailed(RuntimeError):
+    """A pass over the data cannot go on; what is committed stays."""
+
+
+class Pool(Protocol):
+    """Workers that run leases."""
+
+    def start(self, work: Pass) -> None:
+        """Send a pass to every worker."""
+
+    def pilot(self) -> dict[str, Tensor]:
+        """Sums of the first unit, from any worker."""
+
+    def fix_grid(self, grid: Grid) -> None: ...
+
+    def assign(self, worker: str, lease: int, units: tuple[int, ...]) -> None: ...
+
+    def spawn(self) -> None:
+        """Start one more worker; it announces itself with Joined."""
+
+    def events(self, timeout_s: float) -> list[Event]:
+        """What happened since the last call; waits at most `timeout_s`."""
+
+    def finish(self) -> None:
+        """End a pass: leases that still run are of no use any more."""
+
+    @property
+    def num_workers(self) -> int: ...
+
+
+@dataclass
+class PassResult:
+    """What a pass over the data adds up to."""
+
+    values: dict[str, Tensor]
+    """float64, and int64 for counts."""
+    sha256: str
+    """Over the exact integer sums: equal for any number of workers, any order, any failures."""
+    rows: int
+    units: int
+    workers: int
+    seconds: float
+    bad_rows: list[dict[str, Any]] = field(default_factory=list)
+    lost_workers: int = 0
+    commits: int = 0
+    rejected_commits: list[str] = field(default_factory=list)
+    resumed_units: int = 0
+
+
+def run_pass(
+    work: Pass,
+    pool: Pool,
+    *,
+    headroom_bits: int = 12,
+    commit_interval_s: float = 30.0,
+    max_failures: int = 3,
+    max_bad_fraction: float = 0.001,
+    on_progress: Callable[[int], None] = lambda rows: None,
+    on_warning: Callable[[str], None] = lambda text: None,
+) -> PassResult:
+    """Run every unit of `work` exactly once and return the exact sums.
+
+    Goes on from the commits that the ledger holds. `on_progress` is told the rows that are done, `on_warning` what went wrong and
+    was mended. Raises PassFailed when the pass cannot be completed.
+    """
+    started = time.monotonic()
+    reading = work.ledger.read(grid=None)
+    resumed = int(reading.covered.sum())
+    num_lost = 0
+    if reading.missing:
+        pool.start(work)
+        grid = work.ledger.grid()
+        if grid is None:
+            grid = Grid.from_pilot(pool.pilot(), num_addends=len(work.units), headroom_bits=headroom_bits)
+            work.ledger.fix_grid(grid)
+        pool.fix_grid(grid)
+    else:
+        grid = work.ledger.grid()
+        assert grid is not None, "every unit is committed, so the grid was fixed before"
+    work = replace(work, grid=grid)
+    while reading.missing:  # again only if a commit turned out torn or doubled when it was read
+        for reason in reading.rejected:
+            on_warning(f"left out {reason}")
+        coordinator = Coordinator(reading.covered, commit_interval_s=commit_interval_s, max_failures=max_failures)
+        _drive(coordinator, pool, work, on_progress, on_warning)
+        num_lost += coordinator.num_lost
+        reading = work.ledger.read(grid=None)
+    pool.finish()
+    reading = work.ledger.read(grid)
+    assert reading.sums is not None
+    if reading.missing:
+        raise PassFailed(f"{work.ledger.directory}: commits vanished while they were read. Run the same command again.")
+    _require_few_bad_rows(reading, max_bad_fraction)
+    return PassResult(
+        values=reading.sums.values(),
+        sha256=digest(reading.sums.totals),
+        rows=reading.rows,
+        units=len(work.units),
+        workers=pool.num_workers,
+        seconds=time.monotonic() - started,
+        bad_rows=reading.bad_rows,
+        lost_workers=num_lost,
+        commits=reading.commits,
+        rejected_commits=reading.rejected,
+        resumed_units=resumed,
+    )
+
+
+def _drive(
+    coordinator: Coordinator,
+    pool: Pool,
+    work: Pass,
+    on_progress: Callable[[int], None],
+    on_warning: Callable[[str], None],
+) -> None:
+    """Carry events to the coordinator and its decisions to the pool until it says it is finished."""
+    while not coordinator.finished:
+        for event in pool.events(timeout_s=1.0):
+            if isinstance(event, Lost | Failed):
+                on_warning(f"worker {event.worker}: {event.cause}")
+            for decision in coordinator.handle(event):
+                match decision:
+                    case Work(worker, lease, units):
+                        pool.assign(worker, lease, units)
+                    case Spawn():
+                        pool.spawn()
+                    case Abort(cause):
+                        raise PassFailed(cause)
+                    case Finish():
+                        break
+        done = coordinator.num_done
+        on_progress(work.units.num_rows if done == len(work.units) else done * work.units.rows_per_unit)
+
+
+def _require_few_bad_rows(reading: Reading, max_bad_fraction: float) -> None:
+    total = reading.rows + len(reading.bad_rows)
+    if len(reading.bad_rows) > max_bad_fraction * total:
+        first = reading.bad_rows[0]
+        raise PassFailed(
+            f"{len(reading.bad_rows)} of {total} rows are bad, more than data.max_bad_fraction ({max_bad_fraction:g}) allows; the first: "
+            f"{first}. Repair the data, or raise data.max_bad_fraction."
+        )
+
+
+class LocalPool:
+    """One worker in this process: the library without Ray, and the reference that a cluster must equal."""
+
+    def __init__(self, device: torch.device | None = None, threads: int = 1) -> None:
+        self._worker = UnitWorker(device or torch.device("cpu"), threads)
+        self._lease: tuple[int, tuple[int, ...]] | None = None
+        self._greeted = False
+
+    num_workers = 1
+
+    def start(self, work: Pass) -> None:
+        self._worker.load(work)
+        self._greeted = False
+
+    def pilot(self) -> dict[str, Tensor]:
+        return self._worker.pilot()
+
+    def fix_grid(self, grid: Grid) -> None:
+        self._worker.fix_grid(grid)
+
+    def assign(self, worker: str, lease: int, units: tuple[int, ...]) -> None:
+        self._lease = (lease, units)
+
+    def spawn(self) -> None:
+        self._greeted = False
+
+    def events(self, timeout_s: float) -> list[Event]:
+        now = time.monotonic()
+        if not self._greeted:
+            self._greeted = True
+            return [Joined("local", now)]
+        if self._lease is None:
+            return [Tick(now)]
+        (lease, units), self._lease = self._lease, None
+        self._worker.work(units)  # an error is the caller's own: it surfaces as it is
+        return [Done("local", lease, time.monotonic())]
+
+    def finish(self) -> None:
+        self._lease = None

@@ -1,0 +1,250 @@
+"""Workers as Ray actors: one GPU each, or a fixed number of CPU threads.
+
+Actors are never restarted by Ray (max_restarts=0): a restarted actor would come back with empty sums and answer as if nothing had
+happened. Every error means that the lease is lost; a worker is killed before another takes its place, since it may still be alive.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+import torch
+from ray.exceptions import (
+    NodeDiedError,
+    ObjectLostError,
+    OutOfMemoryError,
+    RayActorError,
+    RayTaskError,
+    WorkerCrashedError,
+)
+from torch import Tensor
+
+from pipeline.artifacts import StaleArtifact, StorageError
+from pipeline.execution.coordinator import Done, Event, Failed, Joined, Lost, Tick
+from pipeline.execution.drive import PassFailed
+from pipeline.execution.worker import Pass, UnitWorker
+from pipeline.saliency.exact import Grid
+
+LOST = (RayActorError, OutOfMemoryError, ObjectLostError, NodeDiedError, WorkerCrashedError)
+FATAL = (ValueError, TypeError, ArithmeticError, AttributeError, KeyError, NotImplementedError, StorageError, StaleArtifact)
+"""Errors that would come again on any worker: bad input, a bug, a full disk. Others (a flaky network, CUDA) are tried again."""
+
+
+def connect(address: str | None, num_cpus: int | None = None) -> None:
+    """Join the cluster of this job, of `address`, or start a local one. Does nothing when connected already."""
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    options: dict[str, Any] = {"log_to_driver": True, "logging_level": "warning", "include_dashboard": None}
+    in_job = address or os.environ.get("RAY_ADDRESS")
+    if in_job:
+        ray.init(address=in_job, log_to_driver=True, logging_level="warning")
+        return
+    # Train frees its resources after a crash through the dashboard's State API.
+    options["include_dashboard"] = True
+    for attempt in (1, 2):  # on a busy machine the local node may miss Ray's fixed start-up time
+        try:
+            ray.init(address="local", num_cpus=num_cpus, **options)
+            return
+        except Exception:
+            ray.shutdown()
+            if attempt == 2:
+                raise
+
+
+def choose_device(device: str) -> str:
+    """`auto` takes GPUs when the cluster has any."""
+    gpus = ray.cluster_resources().get("GPU", 0)
+    if device == "cuda" and not gpus:
+        raise ValueError("workers.device is cuda, but the cluster has no GPU. Use workers.device=cpu, or start Ray on a node with GPUs.")
+    return "cuda" if device == "cuda" or (device == "auto" and gpus) else "cpu"
+
+
+def default_num_workers(device: str, threads: int) -> int:
+    """As many as the cluster's GPUs, or its CPUs, allow."""
+    resources = ray.cluster_resources()
+    return max(1, int(resources.get("GPU", 1)) if device == "cuda" else int(resources.get("CPU", 1)) // threads)
+
+
+@ray.remote(max_restarts=0, max_task_retries=0)
+class _Actor:
+    """A UnitWorker in a process of its own."""
+
+    def __init__(self, device: str, threads: int) -> None:
+        self._worker = UnitWorker(torch.device(device), threads)
+
+    def load(self, work: Pass, grid: Grid | None) -> None:
+        self._worker.load(work)
+        if grid is not None:
+            self._worker.fix_grid(grid)
+
+    def fix_grid(self, grid: Grid) -> None:
+        self._worker.fix_grid(grid)
+
+    def pilot(self) -> dict[str, Tensor]:
+        return self._worker.pilot()
+
+    def work(self, units: tuple[int, ...]) -> int:
+        rows = self._worker.work(units)
+        _count("pruning_rows", rows)
+        _count("pruning_units", len(units))
+        _count("pruning_commits", 1)
+        return rows
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
+
+
+_counters: dict[str, Any] = {}
+
+
+def _count(name: str, value: int) -> None:
+    """A Prometheus counter of Ray's, made on first use in this process."""
+    if name not in _counters:
+        from ray.util.metrics import Counter
+
+        _counters[name] = Counter(name, description=f"{name.split('_')[1]} done by the workers")
+    _counters[name].inc(value)
+
+
+class RayPool:
+    """`num_workers` actors. Workers may come and go; a pass goes on with those that are there.
+
+    Args:
+        num_workers: actors to ask for; those for which the cluster has no room yet join when it has.
+        device: "cuda" or "cpu".
+        threads: CPU threads of one worker's computation; part of the bits on a CPU.
+        start_timeout_s: how long to wait for the first worker.
+    """
+
+    def __init__(self, num_workers: int, device: str, threads: int, start_timeout_s: float = 300.0) -> None:
+        self.num_workers = num_workers
+        self.device = device
+        self.threads = threads
+        self.start_timeout_s = start_timeout_s
+        self._actors: dict[str, Any] = {}
+        self._pending: dict[Any, tuple[str, int]] = {}  # object ref -> (worker, lease; 0 for loading a pass)
+        self._work: Any = None
+        self._grid: Grid | None = None
+        self._next = 0
+        for _ in range(num_workers):
+            self._create()
+
+    def _create(self) -> str:
+        name = f"w{self._next}"
+        self._next += 1
+        options: dict[str, Any] = {"num_cpus": self.threads, "scheduling_strategy": "SPREAD"}
+        if self.device == "cuda":
+            options["num_gpus"] = 1
+        self._actors[name] = _Actor.options(**options).remote(self.device, self.threads)
+        return name
+
+    def start(self, work: Pass) -> None:
+        self._work, self._grid = ray.put(work), None
+        for name in list(self._actors):
+            self._load(name)
+
+    def _load(self, name: str) -> None:
+        self._pending[self._actors[name].load.remote(self._work, self._grid)] = (name, 0)
+
+    def pilot(self) -> dict[str, Tensor]:
+        """Sums of the first unit, from the first worker that is ready; another takes over when it dies."""
+        self._wait_for_first()
+        for _ in range(4):
+            loaded = [name for name in self._actors if name not in {worker for worker, _ in self._pending.values()}]
+            name = loaded[0] if loaded else next(iter(self._actors))
+            try:
+                return ray.get(self._actors[name].pilot.remote())
+            except LOST:
+                self._drop(name)
+                self.spawn()
+            except RayTaskError as error:
+                raise error.cause if isinstance(error.cause, Exception) else error from None
+        raise PassFailed("four workers died in the first unit. Is there memory enough for score.micro_batch rows?")
+
+    def _wait_for_first(self) -> None:
+        ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=self.start_timeout_s)
+        if not ready:
+            raise PassFailed(
+                f"no worker started within {self.start_timeout_s:.0f} s. Each asks for {self.threads} CPU"
+                f"{' and 1 GPU' if self.device == 'cuda' else ''}; the cluster has {ray.available_resources()} free."
+            )
+
+    def fix_grid(self, grid: Grid) -> None:
+        self._grid = grid
+        for actor in self._actors.values():
+            actor.fix_grid.remote(grid)  # queued behind load; a dead actor shows at its next lease
+
+    def assign(self, worker: str, lease: int, units: tuple[int, ...]) -> None:
+        self._pending[self._actors[worker].work.remote(units)] = (worker, lease)
+
+    def spawn(self) -> None:
+        self._load(self._create())
+
+    def events(self, timeout_s: float) -> list[Event]:
+        ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)
+        if not ready:
+            return [Tick(time.monotonic())]
+        return [self._event(reference) for reference in ready]
+
+    def _event(self, reference: Any) -> Event:
+        worker, lease = self._pending.pop(reference)
+        now = time.monotonic()
+        try:
+            ray.get(reference)
+        except LOST as error:
+            self._drop(worker)
+            return Lost(worker, _first_line(error), now)
+        except RayTaskError as error:
+            cause = error.cause
+            if lease == 0 or isinstance(cause, FATAL):
+                raise cause if isinstance(cause, Exception) else error from None
+            return Failed(worker, lease, _first_line(cause), False, now)
+        return Done(worker, lease, now) if lease else Joined(worker, now)
+
+    def _drop(self, worker: str) -> None:
+        actor = self._actors.pop(worker, None)
+        if actor is not None:
+            ray.kill(actor, no_restart=True)
+        self._pending = {reference: value for reference, value in self._pending.items() if value[0] != worker}
+
+    def finish(self) -> None:
+        """Workers that still compute a lease somebody else has committed are replaced: their work is of no use."""
+        for worker, lease in list(self._pending.values()):
+            if lease:
+                self._drop(worker)
+                self._create()
+        self._pending.clear()
+        self._work = None
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Run a function in one worker, on its device."""
+        actor = next(iter(self._actors.values()))
+        try:
+            return ray.get(actor.call.remote(function, *args))
+        except RayTaskError as error:
+            raise error.cause if isinstance(error.cause, Exception) else error from None
+
+    def close(self) -> None:
+        """Free the workers' GPUs and CPUs, and wait until Ray has noticed."""
+        for name in list(self._actors):
+            self._drop(name)
+        deadline = time.monotonic() + 30
+        needed = self.num_workers * self.threads
+        while time.monotonic() < deadline and ray.available_resources().get("CPU", 0) < min(needed, ray.cluster_resources().get("CPU", 0)):
+            time.sleep(0.1)
+
+    def __enter__(self) -> RayPool:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+def _first_line(error: BaseException | None) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"

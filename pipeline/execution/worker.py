@@ -1,0 +1,174 @@
+"""What one worker does with a lease: read, decode, compute, sum, commit. Knows no other process.
+
+Between two leases a worker remembers nothing that counts: when it dies, exactly its uncommitted lease is lost.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from queue import Queue
+from typing import Any, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from pipeline.data.batches import Batch, Decoder, unit_batches
+from pipeline.data.rows import Source
+from pipeline.data.units import Units
+from pipeline.execution.ledger import Commit, Ledger
+from pipeline.saliency.exact import ExactSums, Grid
+
+T = TypeVar("T")
+
+
+class Task(Protocol):
+    """One micro-batch -> additive sums. Owns its models; is sent to the workers as it is."""
+
+    def to(self, device: torch.device) -> None: ...
+
+    def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
+        """float64 or int64 sums that add up over micro-batches."""
+        ...
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over units: everything a worker needs to know."""
+
+    task: Task
+    source: Source
+    units: Units
+    decoder: Decoder
+    ledger: Ledger
+    grid: Grid | None
+    micro_batch: int
+    num_classes: int
+    on_bad_row: str
+    decode_threads: int = 1
+
+
+def make_deterministic(device: torch.device, threads: int) -> None:
+    """The same bits on every worker of one device kind: fixed threads, deterministic kernels, no TF32 surprises."""
+    torch.set_num_threads(threads)
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.deterministic = True
+        torch.backends.cuda.matmul.allow_tf32 = False
+        torch.backends.cudnn.allow_tf32 = False
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+class UnitWorker:
+    """Computes units of one pass at a time."""
+
+    def __init__(self, device: torch.device, threads: int) -> None:
+        self.device = device
+        make_deterministic(device, threads)
+        self._pass: Pass | None = None
+
+    def load(self, work: Pass) -> None:
+        work.task.to(self.device)
+        self._pass = work
+
+    def fix_grid(self, grid: Grid) -> None:
+        assert self._pass is not None
+        self._pass = replace(self._pass, grid=grid)
+
+    def pilot(self) -> dict[str, Tensor]:
+        """Sums of the first unit that has any row."""
+        assert self._pass is not None
+        for unit in range(len(self._pass.units)):
+            sums, rows, _ = self._unit(self._batches([unit]))
+            if rows:
+                return sums
+        raise ValueError("no unit has a single readable row. Look at the report's bad rows, or set data.on_bad_row=stop to see the first.")
+
+    def work(self, units: Sequence[int]) -> int:
+        """Compute and commit a lease. Returns its rows."""
+        assert self._pass is not None
+        assert self._pass.grid is not None
+        total = ExactSums(self._pass.grid)
+        num_rows, bad_rows = 0, []
+        batches = prefetch(self._batches(units), depth=2)
+        try:
+            for _ in units:
+                sums, rows, bad = self._unit(batches)
+                total.add(sums)
+                num_rows += rows
+                bad_rows += bad
+        finally:
+            batches.close()
+        self._pass.ledger.write(Commit(tuple(units), num_rows, total.totals, tuple(bad_rows)))
+        return num_rows
+
+    def _batches(self, units: Sequence[int]) -> Iterator[Batch | None]:
+        """The micro-batches of the units in order; None closes a unit."""
+        work = self._pass
+        assert work is not None
+        for index in units:
+            yield from unit_batches(
+                work.source,
+                work.units[index],
+                work.decoder,
+                micro_batch=work.micro_batch,
+                num_classes=work.num_classes,
+                on_bad_row=work.on_bad_row,
+                threads=work.decode_threads,
+            )
+            yield None
+
+    def _unit(self, batches: Iterator[Batch | None]) -> tuple[dict[str, Tensor], int, list[dict[str, Any]]]:
+        """Sum the micro-batches of one unit, in order, on the device."""
+        assert self._pass is not None
+        sums: dict[str, Tensor] = {}
+        rows, bad_rows = 0, []
+        for batch in batches:
+            if batch is None:
+                break
+            bad_rows += [asdict(row) for row in batch.bad_rows]
+            if len(batch.labels_N) == 0:
+                continue
+            rows += len(batch.labels_N)
+            images = batch.images_NCHW.to(self.device, non_blocking=True)
+            labels = batch.labels_N.to(self.device, non_blocking=True)
+            for name, value in self._pass.task(images, labels).items():
+                sums[name] = sums[name] + value if name in sums else value
+        return {name: value.cpu() for name, value in sums.items()}, rows, bad_rows
+
+
+def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:
+    """The same items, made by a background thread that runs at most `depth` ahead. Its exceptions come out here."""
+    queue: Queue[tuple[str, Any]] = Queue(maxsize=depth)
+    stopped = threading.Event()
+
+    def produce() -> None:
+        try:
+            for item in items:
+                queue.put(("item", item))
+                if stopped.is_set():
+                    return
+            queue.put(("end", None))
+        except BaseException as error:
+            queue.put(("error", error))
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, value = queue.get()
+            if kind == "end":
+                return
+            if kind == "error":
+                raise value
+            yield value
+    finally:
+        stopped.set()
+        while thread.is_alive():
+            while not queue.empty():
+                queue.get_nowait()
+            thread.join(timeout=0.01)
