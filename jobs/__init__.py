@@ -1,0 +1,1 @@
+"""Runs: each module is one RunConfig and a command."""

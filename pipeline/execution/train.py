@@ -1,0 +1,266 @@
+"""Training on a Ray cluster: Ray Train starts the workers and replaces dead ones, `training.loop` does the rest.
+
+Checkpoints are our own, in the run directory: a worker group that starts again finds the newest there, whatever died.
+Ray's own storage therefore holds nothing that matters; it is a scratch directory, so that no state of an earlier run
+is found in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+import ray.train
+import safetensors.torch
+import torch
+from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from torch import nn
+
+from pipeline import artifacts
+from pipeline.execution.pool import FATAL
+from pipeline.training.loop import Batches, OnProgress, TrainResult, train
+from pipeline.training.settings import TrainSettings
+
+FINAL, METRICS = "final.safetensors", "metrics.jsonl"
+REPORT_EVERY_S = 2.0  # Ray's controller takes one report per worker every two seconds; more would make training wait
+COLLECTIVE_TIMEOUT_S = 600
+START_FAILURES = 3  # worker groups that may fail to start; Ray's default would try for ever
+ENVIRONMENT = {
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a cold node imports torch for longer than Ray's 60 s
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean in a worker what they mean in the driver
+}
+
+MakeBatches = Callable[[int, int], Batches]
+"""(rank, number of workers) -> this rank's share of the global batches. Called in the worker; must be picklable."""
+
+
+class TrainingFailed(RuntimeError):
+    """Workers died too often, or could not start. What the newest checkpoint holds stays."""
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What every worker needs, sent once through the object store."""
+
+    model: nn.Module
+    teacher: nn.Module | None
+    make_batches: MakeBatches
+    settings: TrainSettings
+    steps_per_epoch: int
+    fingerprint: str
+    directory: str
+    threads: int
+
+
+def fit(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    make_batches: MakeBatches,
+    settings: TrainSettings,
+    *,
+    steps_per_epoch: int,
+    fingerprint: str,
+    storage_path: str,
+    name: str,
+    num_workers: int,
+    use_gpu: bool = False,
+    threads: int = 1,
+    max_failures: int = 3,
+    on_progress: OnProgress | None = None,
+) -> TrainResult:
+    """Train with `num_workers` workers on the connected cluster, or go on with what is in `storage_path`/`name`.
+
+    There it leaves step-*.pt (checkpoints), metrics.jsonl (the history, for people and plots) and final.safetensors.
+
+    Args:
+        model, teacher, settings, steps_per_epoch, fingerprint: see `training.loop.train`.
+        make_batches: gives each worker its share of the data.
+        storage_path, name: directory of this training; local path or URI, shared by all nodes.
+        num_workers: each with one GPU (`use_gpu`) and `threads` CPUs, which must be free: close other workers before.
+        max_failures: deaths of workers before giving up. Errors that would come again (bad input, a bug, a loss that
+            is NaN) are raised at once, as themselves.
+        on_progress: called in a thread of the driver with the history, about every two seconds while it grows.
+
+    Raises:
+        TrainingFailed: too many deaths, or no room for the workers.
+        TrainingDiverged, StaleArtifact, and whatever the workers themselves raise.
+    """
+    directory = artifacts.join(artifacts.absolute(storage_path), name)
+    job = ray.put(_Job(model, teacher, make_batches, settings, steps_per_epoch, fingerprint, directory, threads))
+    resources = {"CPU": threads, "GPU": 1} if use_gpu else {"CPU": threads}
+    with tempfile.TemporaryDirectory(prefix="ray-train-") as scratch, _environment(), _watched(directory, on_progress):
+        # Type checkers see Train V1 behind `ray.train`; what runs is V2.
+        trainer = TorchTrainer(
+            _work,  # type: ignore[arg-type]
+            train_loop_config={"job": job},
+            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources),
+            run_config=RunConfig(
+                name=name,
+                storage_path=scratch,
+                failure_config=FailureConfig(
+                    max_failures=max_failures,
+                    controller_failure_limit=START_FAILURES,  # type: ignore[call-arg]
+                ),
+                callbacks=[_StopAtFatalErrors()],  # type: ignore[list-item]
+            ),
+            torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+        )
+        try:
+            answer = trainer.fit().return_value  # type: ignore[attr-defined]
+        except TrainingFailedError as error:
+            raise _clear_error(error, directory, num_workers, resources) from error
+    weights = safetensors.torch.load(artifacts.read_bytes(artifacts.join(directory, FINAL)))
+    return TrainResult(weights, answer["history"], answer["resumed_from"])
+
+
+# --- in a worker ------------------------------------------------------------------------------------------------------
+
+
+def _work(config: dict[str, Any]) -> dict[str, Any]:
+    job: _Job = ray.get(config["job"])
+    torch.set_num_threads(job.threads)
+    context = ray.train.get_context()
+    rank, world_size = context.get_world_rank(), context.get_world_size()
+    reporter = _Reporter(job.directory, rank)
+    try:
+        result = train(
+            job.model,
+            job.teacher,
+            job.make_batches(rank, world_size),
+            job.settings,
+            steps_per_epoch=job.steps_per_epoch,
+            rank=rank,
+            world_size=world_size,
+            device=ray.train.torch.get_device(),
+            checkpoint_dir=job.directory,
+            fingerprint=job.fingerprint,
+            on_progress=reporter,
+        )
+    except Exception as error:  # a note survives the way to the driver, a traceback does not
+        error.add_note(f"in training worker {rank} of {world_size}:\n{traceback.format_exc()}")
+        raise
+    if rank == 0:
+        reporter.write(result.history)
+        data = safetensors.torch.save(result.state_dict, metadata={"fingerprint": job.fingerprint})
+        artifacts.write_bytes(artifacts.join(job.directory, FINAL), data)
+    return {"history": result.history, "resumed_from": result.resumed_from}
+
+
+class _Reporter:
+    """Progress to Ray Train from all ranks together, as it wants it, and to metrics.jsonl from rank 0."""
+
+    def __init__(self, directory: str, rank: int) -> None:
+        self.path, self.rank = artifacts.join(directory, METRICS), rank
+        self.write_every_s = 10.0 if artifacts.is_uri(directory) else REPORT_EVERY_S  # a PUT costs time and money
+        self.reported = self.written = float("-inf")
+
+    def __call__(self, history: Any) -> None:
+        record = history[-1]
+        seconds = record["seconds"]  # rank 0's clock on every rank, so all ranks decide alike
+        if self.rank == 0 and seconds - self.written >= self.write_every_s:
+            self.written = seconds
+            self.write(history)
+        if seconds - self.reported >= REPORT_EVERY_S:
+            self.reported = seconds
+            ray.train.report(record)
+
+    def write(self, history: Any) -> None:
+        artifacts.write_bytes(self.path, "".join(json.dumps(record) + "\n" for record in history).encode())
+
+
+# --- in the controller ------------------------------------------------------------------------------------------------
+
+
+class _StopAtFatalErrors(UserCallback):
+    """Ray Train retries every error of a worker alike; one that would come again ends the run here instead."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
+        for _, error in sorted(worker_exceptions.items()):
+            if isinstance(error, FATAL):
+                raise error
+
+
+# --- in the driver ----------------------------------------------------------------------------------------------------
+
+
+def _clear_error(
+    error: TrainingFailedError, directory: str, num_workers: int, resources: dict[str, int]
+) -> BaseException:
+    if isinstance(error, ControllerError) and isinstance(error.controller_failure, FATAL):
+        return error.controller_failure
+    if isinstance(error, WorkerGroupError):
+        first_lines = {rank: _first_line(e) for rank, e in sorted(error.worker_failures.items())}
+        last = "; ".join(f"rank {rank}: {line}" for rank, line in first_lines.items())
+        what = f"workers failed too often; the last time {last}"
+    else:
+        what = (
+            f"Ray Train could not run {num_workers} workers with {resources} each; the cluster has "
+            f"{ray.available_resources()} free. {_first_line(getattr(error, 'controller_failure', error))}"
+        )
+    return TrainingFailed(f"{what}. The same command goes on from the newest checkpoint in {directory}.")
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    """Ray Train's settings are environment variables of the driver, and it takes over SIGINT; both are given back."""
+    added = [name for name in ENVIRONMENT if name not in os.environ]
+    os.environ.update({name: ENVIRONMENT[name] for name in added})
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if in_main_thread else None
+    try:
+        yield
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
+
+
+@contextmanager
+def _watched(directory: str, on_progress: OnProgress | None) -> Iterator[None]:
+    """While inside, a thread reads metrics.jsonl and hands on what is new: a file needs no actor and no port."""
+    if on_progress is None:
+        yield
+        return
+    stop = threading.Event()
+    thread = threading.Thread(target=_watch, args=(directory, on_progress, stop), name="training progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _watch(directory: str, on_progress: OnProgress, stop: threading.Event) -> None:
+    path = artifacts.join(directory, METRICS)
+    seen = _read(path)  # of an earlier attempt
+    pause_s = 10.0 if artifacts.is_uri(path) else REPORT_EVERY_S / 2
+    while True:
+        finished = stop.wait(pause_s)
+        data = _read(path)
+        if data != seen:
+            seen = data
+            on_progress([json.loads(line) for line in data.splitlines()])
+        if finished:
+            return
+
+
+def _read(path: str) -> bytes:
+    return artifacts.read_bytes(path) if artifacts.exists(path) else b""

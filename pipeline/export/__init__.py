@@ -1,0 +1,1 @@
+"""The artifact: what a run leaves for others."""

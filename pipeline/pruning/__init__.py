@@ -1,0 +1,1 @@
+"""Which channels go (selection, allocation, plan), how they go (masks, surgery), and the proof (trials, verify)."""

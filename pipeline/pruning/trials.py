@@ -1,0 +1,340 @@
+"""Trial cuts: what label propagation says about channel groups is tried out before anybody relies on it.
+
+Random subsets of all groups, with another ratio for each group, are really cut from a copy with random weights, and
+the cut copy is compared with the masked one. Where it crashes or differs, the guilty groups are found and frozen,
+each with its reason; then the trials start again, until enough of them in a row pass.
+
+Why another ratio for each group: two groups of equal size that only Python ties (`reshape(B, C, -1)` with the C of
+another tensor) pass when both lose 30 %, and crash when they do not. Why random weights: zero-initialised scales hide
+what lies behind them. Why float64: a mistake stands out from rounding by many orders of magnitude, however deep the
+network.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pipeline.models.graph import Frozen, Graph, Group
+from pipeline.models.trace import propagate
+from pipeline.pruning.masks import mask
+from pipeline.pruning.plan import Plan, planned
+from pipeline.pruning.surgery import cut
+from pipeline.pruning.verify import CutMismatch, compare, output_tensors
+
+MIN_REMOVED, MAX_REMOVED = 0.05, 0.8
+"""Range of the fraction of channels that a group loses in a trial."""
+OPERATION = "trial cut"
+"""`Frozen.operation` of what trials have frozen."""
+
+Kept = Mapping[str, tuple[int, ...]]
+
+
+def trace(
+    model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, seed: int = 0, num_trials: int = 3
+) -> Graph:
+    """Channel groups of `model`: label propagation, then trial cuts. The model stays as it is.
+
+    Args:
+        example_inputs: one batch that the network accepts, float [N, C, H, W] for images; its size decides the MACs.
+        seed: of the trials' weights, inputs and subsets.
+        num_trials: trials in a row that have to pass.
+
+    Raises:
+        ValueError: the network does not run on `example_inputs`.
+    """
+    return try_cuts(model, propagate(model, example_inputs), example_inputs, seed=seed, num_trials=num_trials)
+
+
+def try_cuts(
+    model: nn.Module, graph: Graph, example_inputs: Tensor | tuple[Tensor, ...], *, seed: int = 0, num_trials: int = 3
+) -> Graph:
+    """`graph` without the groups that trial cuts find guilty; they stand among the frozen, with what went wrong."""
+    if num_trials < 1:
+        raise ValueError(f"num_trials ({num_trials}) must be at least 1: a graph that was never tried is a guess.")
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    bench: Bench | None = None
+    passed, trial = 0, 0
+    while passed < num_trials and any(group.size > 1 for group in graph.groups):
+        bench = bench or Bench(model, inputs, seed)
+        guilty = _guilty(bench, graph, random_subsets(graph, seed=seed, trial=trial))
+        graph = graph.without(guilty)
+        passed, trial = (0 if guilty else passed + 1), trial + 1
+    return graph
+
+
+def random_subsets(graph: Graph, *, seed: int, trial: int = 0) -> dict[str, tuple[int, ...]]:
+    """Group -> channels kept, at random; groups of one channel stay whole and are left out.
+
+    Groups of equal size get fractions from different strata of the range, so that as few of them as possible keep the
+    same number of channels by chance.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + trial)
+    by_size: dict[int, list[str]] = {}
+    for group in graph.groups:
+        if group.size > 1:
+            by_size.setdefault(group.size, []).append(group.name)
+    kept = {}
+    for size, names in by_size.items():
+        order = torch.randperm(len(names), generator=generator)
+        strata = (order + torch.rand(len(names), generator=generator)) / len(names)
+        for name, fraction in zip(names, (MIN_REMOVED + strata * (MAX_REMOVED - MIN_REMOVED)).tolist(), strict=True):
+            removed = round(size * fraction)
+            num_kept = size - min(max(removed, 1), size - 1)
+            chosen = torch.randperm(size, generator=generator)[:num_kept]
+            kept[name] = tuple(chosen.sort().values.tolist())
+    return kept
+
+
+# --- the search for the guilty ----------------------------------------------------------------------------------------
+
+
+def _guilty(bench: Bench, graph: Graph, kept: Kept) -> dict[str, Frozen]:
+    """Groups without which this trial passes, each with what went wrong when it was added to groups that pass.
+
+    Binary search for a group whose addition makes the trial fail: about log2(groups) cuts for each guilty group, and it
+    needs no assumption about which groups interact.
+    """
+    guilty: dict[str, Frozen] = {}
+    innocent: list[str] = []  # cut together, these pass
+    rest = list(kept)
+
+    def attempt(names: Sequence[str], *, explain: bool = False) -> Failure | None:
+        return bench.attempt(planned(graph, {name: kept[name] for name in names}), explain=explain)
+
+    while rest and attempt([*innocent, *rest]):
+        passes, fails = 0, len(rest)  # how many of the rest, added to the innocent, pass and fail
+        while fails - passes > 1:
+            middle = (passes + fails) // 2
+            passes, fails = (passes, middle) if attempt([*innocent, *rest[:middle]]) else (middle, fails)
+        name = rest[passes]
+        innocent, rest = [*innocent, *rest[:passes]], rest[fails:]
+        failure = attempt([*innocent, name], explain=True)
+        guilty[name] = _frozen(graph.group(name), failure or Failure("the trial gives other results each time", ""))
+    return guilty
+
+
+def _frozen(group: Group, failure: Failure) -> Frozen:
+    return Frozen(group.name, group.size, OPERATION, failure.where or group.name, failure.error)
+
+
+# --- one trial --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What went wrong in a trial, and where."""
+
+    error: str
+    where: str
+    """ "module path (file.py:line)"; empty if it is not known."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    dtype: torch.dtype
+    tolerance: float
+    num_rows: int | None
+    """None: as many rows as the example has."""
+
+
+_SETTINGS = (
+    _Setting(torch.float64, 1e-7, 3),
+    _Setting(torch.float64, 1e-7, None),
+    _Setting(torch.float32, 1e-3, 3),
+    _Setting(torch.float32, 1e-3, None),
+)
+"""The first in which the dense network runs is used: some networks insist on float32 inside, or on their batch size."""
+
+
+class Bench:
+    """A copy of the network with random weights, and random inputs: where trial cuts are run."""
+
+    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> None:
+        problems: list[str] = []
+        for setting in _SETTINGS:
+            self.seed, self.tolerance = seed, setting.tolerance
+            generator = torch.Generator().manual_seed(seed)
+            self.inputs = tuple(_random_input(tensor, setting, generator) for tensor in inputs)
+            self.model = copy.deepcopy(model).to(setting.dtype).eval()
+            randomise_(self.model, generator)
+            try:
+                with _calibrating(self.model):
+                    outputs = self._run(self.model)
+            except Exception as error:
+                problems.append(f"{setting.dtype}, {setting.num_rows or 'own'} rows: {_first_line(error)}")
+                continue
+            if outputs and all(bool(t.isfinite().all()) for t in outputs) and any(bool(t.any()) for t in outputs):
+                return
+            problems.append(f"{setting.dtype}, {setting.num_rows or 'own'} rows: outputs are not finite, or all zero")
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+        raise ValueError(
+            f"trial cuts cannot run the dense network on random inputs of shape {shapes}: {'; '.join(problems)}. "
+            "Pass example_inputs that the network accepts; trace without trials with pipeline.models.trace.propagate."
+        )
+
+    def attempt(self, plan: Plan, *, explain: bool = False) -> Failure | None:
+        """Cut, run, compare with the masked network. None if they agree."""
+        try:
+            small = cut(self.model, plan)
+        except ValueError as error:
+            return Failure(_first_line(error), "")
+        stack: list[str] = []
+        with _module_stack(small, stack):
+            try:
+                ours = self._run(small)
+            except Exception as error:
+                return Failure(f"the cut network stops with {_first_line(error)}", _place(stack, error))
+        masked = mask(self.model, plan)
+        try:
+            difference = compare(ours, self._run(masked), rows=1)
+        except CutMismatch as error:
+            return Failure(_first_line(error), "")
+        if difference.max_rel <= self.tolerance:
+            return None
+        where = self._first_difference(small, masked) if explain else ""
+        return Failure(
+            f"the cut network differs from the masked one by {difference.max_rel:.2g} of the largest output", where
+        )
+
+    @torch.no_grad()
+    def _run(self, model: nn.Module) -> list[Tensor]:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            return [tensor.clone() for tensor in output_tensors(model(*self.inputs))]
+
+    def _first_difference(self, small: nn.Module, masked: nn.Module) -> str:
+        """The first module, in running order, whose output has the same shape in both networks but other values."""
+        reference = dict(self._outputs(masked))
+        for call, ours in self._outputs(small):
+            theirs = reference.get(call)
+            if theirs is not None and theirs.shape == ours.shape:
+                scale = max(float(theirs.abs().max()), torch.finfo(torch.float32).tiny) if theirs.numel() else 1.0
+                if not float((ours - theirs).abs().amax()) <= self.tolerance * scale:
+                    return call[0]
+        return ""
+
+    def _outputs(self, model: nn.Module) -> list[tuple[tuple[str, int], Tensor]]:
+        """Floating-point outputs of all modules, by (module, how often it was called before)."""
+        found: list[tuple[tuple[str, int], Tensor]] = []
+        calls: dict[str, int] = {}
+
+        def keep(name: str) -> Callable[[nn.Module, object, object], None]:
+            def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+                calls[name] = calls.get(name, -1) + 1
+                if isinstance(output, Tensor) and output.is_floating_point():
+                    found.append(((name, calls[name]), output.clone()))
+
+            return hook
+
+        handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules() if name]
+        try:
+            self._run(model)
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+
+# --- random weights ---------------------------------------------------------------------------------------------------
+
+
+def _random_input(example: Tensor, setting: _Setting, generator: torch.Generator) -> Tensor:
+    """Other rows of the example's kind; whole numbers (tokens) are drawn from those that the example has."""
+    shape = (setting.num_rows or example.shape[0], *example.shape[1:])
+    if example.is_floating_point():
+        return torch.randn(shape, generator=generator, dtype=setting.dtype).to(example.device)
+    chosen = torch.randint(example.numel(), shape, generator=generator)
+    return example.reshape(-1)[chosen.to(example.device)]
+
+
+@torch.no_grad()
+def randomise_(model: nn.Module, generator: torch.Generator) -> None:
+    """Random parameters and BatchNorm statistics of ordinary size, none of them zero."""
+    for name, parameter in model.named_parameters():
+        if parameter.is_floating_point():
+            low, high = _range(name, parameter)
+            values = torch.rand(parameter.shape, generator=generator, dtype=parameter.dtype)
+            parameter.copy_(values * (high - low) + low)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.running_var is not None:
+            module.running_mean.copy_(torch.rand(module.running_mean.shape, generator=generator) - 0.5)
+            module.running_var.copy_(torch.rand(module.running_var.shape, generator=generator) + 0.5)
+
+
+def _range(name: str, parameter: Tensor) -> tuple[float, float]:
+    if parameter.dim() >= 2:
+        bound = math.sqrt(6 / max(parameter[0].numel(), 1))  # uniform of variance 2 / fan-in: relu keeps the scale
+        return -bound, bound
+    return (-0.5, 0.5) if "bias" in name.rpartition(".")[2] else (0.5, 1.5)
+
+
+@contextmanager
+def _calibrating(model: nn.Module) -> Iterator[None]:
+    """Inside, each BatchNorm shifts its random statistics to those of the input that it sees.
+
+    Otherwise a hundred residual blocks add up until every sigmoid behind them is 0 or 1 and hides what goes in.
+    """
+
+    def fit(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x, mean, var = inputs[0], module.running_mean, module.running_var
+        assert isinstance(mean, Tensor)
+        assert isinstance(var, Tensor)
+        dims = [dim for dim in range(x.dim()) if dim != 1]
+        spread = x.var(dim=dims, unbiased=False) + 1e-3
+        mean.copy_(x.mean(dim=dims) + mean * spread.sqrt())
+        var.mul_(spread)
+
+    norms = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.running_mean is not None]
+    handles = [module.register_forward_pre_hook(fit) for module in norms]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# --- where something happened -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
+    """Inside, `stack` holds the names of the modules that are running; after an exception, of those it went through."""
+
+    def enter(name: str) -> Callable[[nn.Module, object], None]:
+        return lambda _module, _inputs: stack.append(name)
+
+    def leave(_module: nn.Module, _inputs: object, _output: object) -> None:
+        stack.pop()
+
+    handles = []
+    for name, module in model.named_modules():
+        handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _place(stack: list[str], error: Exception) -> str:
+    """ "layer1.0 (resnet.py:244)": the innermost module, and the last line outside torch itself."""
+    library = str(Path(torch.__file__).parent)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(library)]
+    frames = [f for f in frames if f.filename != __file__]
+    line = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    return f"{stack[-1] if stack else ''}{line}".strip()
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0] if lines else '(no message)'}"

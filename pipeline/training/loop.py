@@ -1,0 +1,306 @@
+"""Training on one or many workers: the same steps for any number of them, and resumable after any of them.
+
+A step is one global batch. Each rank computes its share, and the shares may be unequal: every rank scales its loss so
+that the averaged gradient is that of the mean over the global batch. Batch-norm statistics are those of rank 0,
+broadcast by DDP before each forward; exact ones over all rows come from `training.calibrate`.
+
+With the same number of workers, a resumed run equals the undisturbed one bit for bit: on CPUs with the same number of
+threads, on GPUs if the caller also asks for deterministic kernels (`torch.use_deterministic_algorithms`). With another
+number it goes on from the same step with the same global batches; sums then round differently, and dropout draws anew.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from pipeline.training import checkpoint
+from pipeline.training.schedule import build_ema, build_optimizer, build_schedule
+from pipeline.training.settings import TrainSettings
+from pipeline.training.step import Learner, mixed_seed
+
+Record = dict[str, Any]
+"""One line of the history: step, epoch, loss (mean since the last line), lr, rows, seconds (of training so far,
+restarts included), rows_per_s."""
+
+OnProgress = Callable[[Sequence[Record]], None]
+"""Called with the history so far, whose last record is new."""
+
+
+class Batches(Protocol):
+    """This rank's share of the global batches of one epoch, from `start_step` on.
+
+    Yields images [n, ...] and labels (int64 [n] or float [n, C]); n may differ between ranks and be 0. What a global
+    batch holds must depend on (epoch, step) alone, augmentation included.
+    """
+
+    def __call__(self, epoch: int, start_step: int, /) -> Iterable[tuple[Tensor, Tensor]]: ...
+
+
+class TrainingDiverged(ArithmeticError):
+    """The loss or the weights are no longer finite. Running the same again gives the same."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a finished run leaves."""
+
+    state_dict: dict[str, Tensor]
+    """On the CPU: the averaged weights if ema_decay > 0, else the last. On rank 0; empty on the others."""
+    history: list[Record]
+    resumed_from: int
+    """Step of the checkpoint that this call went on from; 0 for a fresh start."""
+
+
+def train(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    batches: Batches,
+    settings: TrainSettings,
+    *,
+    steps_per_epoch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    device: torch.device | None = None,
+    checkpoint_dir: str | None = None,
+    fingerprint: str = "",
+    on_progress: OnProgress | None = None,
+) -> TrainResult:
+    """Train a copy of `model`, from the newest checkpoint in `checkpoint_dir` if there is one.
+
+    Args:
+        model: is not changed.
+        teacher: followed with weight settings.distill_weight, in eval mode and without gradients; is not changed.
+        batches: this rank's share of each global batch.
+        steps_per_epoch: the same on every rank; `batches` must yield exactly so many.
+        rank, world_size: above 1 worker the process group (gloo or nccl) exists already.
+        device: CPU by default. Threads are the caller's choice (`torch.set_num_threads`).
+        checkpoint_dir: local path or URI that every rank can read; rank 0 writes. None: no checkpoints.
+        fingerprint: of everything that the run is made from besides the settings: model, plan, data.
+        on_progress: called at the same steps on every rank, with the same values.
+
+    Raises:
+        TrainingDiverged: the loss is not finite; names the step. Nothing after that step is stored.
+        StaleArtifact: checkpoint_dir holds a checkpoint of something else.
+    """
+    device = device or torch.device("cpu")
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
+        torch.cuda.set_device(device)  # nccl's object collectives use the current one
+    learner = Learner(model, teacher, settings, world_size, device)
+    identity = {"fingerprint": fingerprint, "steps_per_epoch": steps_per_epoch, "settings": settings.identity()}
+    # The caller's random numbers go on as if nothing had been drawn here.
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(mixed_seed(settings.seed, rank, 0))
+        run = _Run(learner, settings, steps_per_epoch, rank, checkpoint_dir, identity)
+        run.resume()
+        for images, labels in run.remaining(batches):
+            run.update(images, labels)
+            if run.at_record():
+                run.record()
+                if on_progress is not None:
+                    on_progress(run.history)
+            if run.at_checkpoint():
+                run.save()
+        return TrainResult(run.final_state(), run.history, run.resumed_from)
+
+
+class _Run:
+    """Everything that changes while training, on one rank."""
+
+    def __init__(
+        self,
+        learner: Learner,
+        settings: TrainSettings,
+        steps_per_epoch: int,
+        rank: int,
+        checkpoint_dir: str | None,
+        identity: dict[str, Any],
+    ) -> None:
+        if steps_per_epoch < 1:
+            raise ValueError(
+                f"steps_per_epoch is {steps_per_epoch}: there are fewer rows than one batch. Lower batch_size."
+            )
+        self.learner, self.settings, self.rank, self.world_size = learner, settings, rank, learner.world_size
+        self.steps_per_epoch, self.num_steps = steps_per_epoch, settings.epochs * steps_per_epoch
+        self.checkpoint_dir, self.identity = checkpoint_dir, identity
+        self.optimizer = build_optimizer(learner.model, settings)
+        self.schedule = build_schedule(
+            self.optimizer,
+            lr=settings.lr,
+            min_lr=settings.min_lr,
+            num_steps=self.num_steps,
+            warmup_steps=round(settings.warmup_epochs * steps_per_epoch),
+        )
+        # Only rank 0 averages: it is the one that writes, and the batch-norm statistics are its own.
+        self.ema = build_ema(learner.model, settings.ema_decay) if settings.ema_decay > 0 and rank == 0 else None
+        self.step = 0
+        self.resumed_from = 0
+        self.history: list[Record] = []
+        self.pending: list[Tensor] = []  # one per step since the last record: this rank's summed loss, and its rows
+        self.seconds_before = 0.0
+        self.started = time.perf_counter()
+
+    # --- one step -----------------------------------------------------------------------------------------------------
+
+    def remaining(self, batches: Batches) -> Iterator[tuple[Tensor, Tensor]]:
+        """This rank's shares of the steps that are still to do, on its device."""
+        while self.step < self.num_steps:
+            epoch, start_step = divmod(self.step, self.steps_per_epoch)
+            source = iter(batches(epoch, start_step))
+            for step in range(start_step, self.steps_per_epoch):
+                batch = next(source, None)
+                if batch is None:
+                    raise self._miscounted(epoch, f"only {step}")
+                yield self.learner.to_device(*batch)
+            if next(source, None) is not None:  # lets a generator come to its own end, too
+                raise self._miscounted(epoch, "more")
+
+    def _miscounted(self, epoch: int, given: str) -> ValueError:
+        return ValueError(
+            f"epoch {epoch} has {self.steps_per_epoch} steps, the batches of rank {self.rank} give {given}. "
+            "Every rank must have a share of every step, if need be an empty one."
+        )
+
+    def update(self, images: Tensor, labels: Tensor) -> None:
+        """One step of the optimizer on this rank's share of the global batch."""
+        self.schedule.step_update(self.step)
+        self.optimizer.zero_grad(set_to_none=True)
+        self.pending.append(self.learner.backward(images, labels))
+        if self.settings.clip_grad_norm is not None:
+            nn.utils.clip_grad_norm_(self.learner.model.parameters(), self.settings.clip_grad_norm)
+        self.optimizer.step()
+        self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.learner.model, step=self.step)
+
+    # --- records ------------------------------------------------------------------------------------------------------
+
+    def at_record(self) -> bool:
+        """By the step alone: all ranks agree, and a resumed run has the records of an undisturbed one."""
+        at_end_of_epoch = self.step % self.steps_per_epoch == 0
+        return at_end_of_epoch or self.step % self.settings.log_every_steps == 0 or self.at_checkpoint()
+
+    def record(self) -> None:
+        """Sum the pending losses over the ranks and append a line to the history. Raises TrainingDiverged."""
+        now = self.seconds_before + time.perf_counter() - self.started if self.rank == 0 else 0.0
+        clock = torch.tensor([[now, 0.0]], dtype=torch.float64, device=self.learner.device)
+        sums = torch.cat([*(pair[None] for pair in self.pending), clock])
+        self.pending.clear()
+        if self.world_size > 1:
+            dist.all_reduce(sums)
+        *steps, (seconds, _) = sums.tolist()
+        for step, (loss, _) in enumerate(steps, start=self.step - len(steps)):
+            if not math.isfinite(loss):
+                raise self._diverged(f"loss is {loss}", step)
+        rows = sum(count for _, count in steps)
+        before = self.history[-1]["seconds"] if self.history else 0.0
+        record = {
+            "step": self.step,
+            "epoch": (self.step - 1) // self.steps_per_epoch,
+            "loss": sum(loss for loss, _ in steps) / max(rows, 1),
+            "lr": self._lr(),
+            "rows": int(rows),
+            "seconds": seconds,
+            "rows_per_s": rows / max(seconds - before, 1e-9),
+        }
+        self.history.append(record)
+
+    def _lr(self) -> float:
+        return float(self.optimizer.param_groups[0]["lr"])
+
+    def _check_finite(self) -> None:
+        """A loss may be finite one step before its weights are not; those must not be what a rerun starts from."""
+        name = self.learner.nonfinite_parameter()
+        if name is not None:
+            raise self._diverged(f"the update made {name} NaN or Inf", self.step - 1)
+
+    def _diverged(self, what: str, step: int) -> TrainingDiverged:
+        epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+        self.schedule.step_update(step)
+        return TrainingDiverged(
+            f"{what} at step {step} (epoch {epoch}, step {step_in_epoch} of {self.steps_per_epoch}), lr {self._lr():g}."
+            f" Lower lr (now {self.settings.lr:g}), lengthen warmup_epochs (now {self.settings.warmup_epochs:g}), set "
+            f"clip_grad_norm (now {self.settings.clip_grad_norm}) or turn amp off (now {self.settings.amp}), in a new "
+            "directory."
+        )
+
+    # --- checkpoints --------------------------------------------------------------------------------------------------
+
+    def at_checkpoint(self) -> bool:
+        if self.checkpoint_dir is None:
+            return False
+        return self.step % self.settings.checkpoint_every_steps == 0 or self.step == self.num_steps
+
+    def save(self) -> None:
+        """All ranks take part: each gives its random state, rank 0 writes."""
+        assert self.checkpoint_dir is not None
+        self._check_finite()
+        random_states: list[Any] = [self.learner.random_state()]
+        if self.world_size > 1:
+            random_states = [None] * self.world_size
+            dist.all_gather_object(random_states, self.learner.random_state())
+        if self.rank != 0:
+            return
+        epoch, start_step = divmod(self.step, self.steps_per_epoch)
+        state = {
+            "identity": self.identity,
+            "step": self.step,
+            "sampler": {"epoch": epoch, "start_step": start_step},
+            "model": self.learner.model.state_dict(),
+            "ema": None if self.ema is None else self.ema.module.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "schedule": self.schedule.state_dict(),
+            "random_states": random_states,
+            "history": self.history,
+        }
+        checkpoint.save(self.checkpoint_dir, state)
+
+    def resume(self) -> None:
+        """Go on from the newest checkpoint, if there is one."""
+        state = None if self.checkpoint_dir is None else self._agreed_state(self.checkpoint_dir)
+        if state is None:
+            return
+        self.step = self.resumed_from = state["step"]
+        self.learner.model.load_state_dict(state["model"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.schedule.load_state_dict(state["schedule"])
+        self.history = state["history"]
+        self.seconds_before = self.history[-1]["seconds"]
+        if len(state["random_states"]) == self.world_size:
+            self.learner.set_random_state(state["random_states"][self.rank])
+        else:
+            torch.manual_seed(mixed_seed(self.settings.seed, self.rank, self.step))
+
+    def _agreed_state(self, directory: str) -> dict[str, Any] | None:
+        """Rank 0 chooses: all ranks go on from the same checkpoint, or raise the same error instead of waiting."""
+        state: dict[str, Any] | None = None
+        message: list[Any] = [None, None]  # path, error
+        if self.rank == 0:
+            try:
+                found = checkpoint.newest(directory, self.identity)
+                message[0], state = found or (None, None)
+            except (ValueError, OSError) as error:
+                message[1] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(message, src=0, device=self.learner.device)
+        path, failure = message
+        if failure is not None:
+            raise failure
+        return state if self.rank == 0 or path is None else checkpoint.load(path)
+
+    def final_state(self) -> dict[str, Tensor]:
+        self._check_finite()
+        if self.rank != 0:
+            return {}
+        source = self.learner.model if self.ema is None else self.ema.module
+        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in source.state_dict().items()}

@@ -1,0 +1,133 @@
+"""The gradient of one global batch, computed by one rank or shared by many."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeline.training.distillation import student_loss
+from pipeline.training.settings import TrainSettings
+
+
+class Learner:
+    """A copy of the model in training on this rank, with its teacher: gradients, but no optimizer and no files."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | None,
+        settings: TrainSettings,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        if settings.distill_weight > 0 and teacher is None:
+            raise ValueError(
+                f"distill_weight is {settings.distill_weight}, but no teacher is given. Give one, or set it to 0."
+            )
+        self.settings, self.world_size, self.device = settings, world_size, device
+        self.format = settings.memory_format(device)
+        self.model = copy.deepcopy(model).to(device).to(memory_format=self.format).train()
+        self.teacher: nn.Module | None = None
+        if teacher is not None and settings.distill_weight > 0:
+            self.teacher = copy.deepcopy(teacher).to(device).to(memory_format=self.format).eval()
+        self._replica: nn.Module | None = None
+
+    def to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        return (images.contiguous(memory_format=self.format) if images.ndim == 4 else images), labels
+
+    def backward(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Set the gradients of the mean loss over the global batch, the same on every rank.
+
+        Args:
+            images: this rank's share [n, ...]; n may differ between ranks and be 0.
+            labels: int64 [n] or float [n, C].
+
+        Returns:
+            float64 [2] on the device: this rank's summed loss, and n.
+        """
+        replica = self._wrap(images, labels) if self._replica is None else self._replica
+        rows = torch.tensor(float(len(images)), device=self.device, dtype=torch.float64)
+        global_rows = rows.clone()
+        if self.world_size > 1:
+            dist.all_reduce(global_rows)
+        global_rows.clamp_(min=1)  # a step whose rows were all bad has a gradient of zero, not of NaN
+        loss = self._loss(replica, images, labels)
+        # DDP averages over the ranks. A rank's mean must count by its rows, not by its being one of the ranks.
+        share = rows * self.world_size / global_rows
+        (loss * share.to(loss.dtype)).backward()
+        return torch.stack([loss.detach().double() * rows, rows])
+
+    def _loss(self, replica: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+        """Mean over this rank's rows. Without rows a zero, which joins every collective and touches no statistics."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.uses_bf16(self.device)):
+            if len(images) == 0:
+                logits = replica.eval()(images.new_zeros(1, *images.shape[1:]))
+                replica.train()
+                return logits.float().sum() * 0
+            logits = replica(images)
+            with torch.no_grad():
+                teacher_logits = None if self.teacher is None else self.teacher(images)
+        return student_loss(
+            logits,
+            labels,
+            teacher_logits,
+            smoothing=self.settings.label_smoothing,
+            weight=self.settings.distill_weight,
+            temperature=self.settings.distill_temperature,
+        )
+
+    def _wrap(self, images: Tensor, labels: Tensor) -> nn.Module:
+        """DDP for several workers, with its gradient buckets settled before the first step that counts.
+
+        By its default DDP sends rank 0's buffers to all before each forward: the batch-norm statistics are rank 0's.
+
+        DDP orders its buckets anew after the first backward. A sum over three or more ranks rounds by the place of an
+        element in its bucket, so a resumed run, whose first step is another one, would differ in the last bits. Hence
+        one backward on the first batch whose gradients, statistics and random numbers are thrown away.
+        """
+        if self.world_size == 1:
+            self._replica = self.model
+            return self.model
+        self._replica = replica = DistributedDataParallel(
+            self.model,
+            device_ids=[self.device.index] if self.device.type == "cuda" else None,
+            gradient_as_bucket_view=True,
+        )
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        random_state = self.random_state()
+        self._loss(replica, images, labels).backward()
+        self.model.zero_grad(set_to_none=True)
+        self.set_random_state(random_state)
+        for buffer, before in zip(self.model.buffers(), buffers, strict=True):
+            buffer.copy_(before)
+        return replica
+
+    def nonfinite_parameter(self) -> str | None:
+        """Name of the first parameter with NaN or Inf; the same on every rank."""
+        finite = torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()])
+        if bool(finite.all()):
+            return None
+        return next(n for (n, _), ok in zip(self.model.named_parameters(), finite.tolist(), strict=True) if not ok)
+
+    def random_state(self) -> dict[str, Tensor]:
+        state = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            state["cuda"] = torch.cuda.get_rng_state(self.device)
+        return state
+
+    def set_random_state(self, state: Mapping[str, Tensor]) -> None:
+        torch.set_rng_state(state["cpu"])
+        if self.device.type == "cuda" and "cuda" in state:
+            torch.cuda.set_rng_state(state["cuda"], self.device)
+
+
+def mixed_seed(*parts: int) -> int:
+    """One well mixed seed from several numbers, so that neighbouring ranks and steps share no stream."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
