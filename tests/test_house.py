@@ -6,7 +6,7 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "pipeline"
-ROOMS = ["config", "artifacts", "data", "models", "saliency", "pruning", "training", "execution", "report", "export", "run", "stages", "cli"]
+ROOMS = ["config", "artifacts", "data", "models", "saliency", "pruning", "training", "execution", "report", "export", "run", "stages", "checks", "summary", "cli"]
 SAME_FLOOR = {"config": 0, "artifacts": 0, "report": 1, "export": 1}
 
 

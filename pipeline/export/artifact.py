@@ -102,15 +102,11 @@ def timm_factory(model: nn.Module) -> tuple[str, dict[str, Any]]:
             'factory="package.module:function" (and factory_kwargs={...}), a function that returns the network uncut.'
         )
     kwargs: dict[str, Any] = {"num_classes": getattr(model, "num_classes", cfg.get("num_classes", 1000))}
-    size = tuple(cfg.get("input_size") or (3, 224, 224))
-    in_chans = getattr(model, "in_chans", None)
-    if in_chans is None and isinstance(cfg.get("first_conv"), str):
-        in_chans = getattr(model.get_submodule(cfg["first_conv"]), "in_channels", None)
-    if in_chans is not None and in_chans != size[0]:
+    usual, (in_chans, *img_size) = tuple(cfg.get("input_size") or (3, 224, 224)), _input_size(model) or (3, 224, 224)
+    if in_chans != usual[0]:
         kwargs["in_chans"] = in_chans
-    img_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    if img_size is not None and tuple(img_size) != size[1:]:
-        kwargs["img_size"] = list(img_size)
+    if tuple(img_size) != usual[1:]:
+        kwargs["img_size"] = img_size
     return architecture, kwargs
 
 
@@ -135,9 +131,14 @@ def _pretrained_cfg(model: nn.Module) -> Mapping[str, Any]:
 
 
 def _input_size(model: nn.Module) -> tuple[int, ...] | None:
-    size = _pretrained_cfg(model).get("input_size")
-    img_size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return (size[0], *img_size) if size and img_size else tuple(size) if size else None
+    """(channels, height, width) that a timm model takes; it may have been built for another than its weights' own."""
+    cfg = _pretrained_cfg(model)
+    if not cfg.get("input_size"):
+        return None
+    in_chans, *img_size = cfg["input_size"]
+    first_conv = dict(model.named_modules()).get(str(cfg.get("first_conv")))
+    in_chans = getattr(first_conv, "in_channels", in_chans)
+    return (in_chans, *(getattr(getattr(model, "patch_embed", None), "img_size", None) or img_size))
 
 
 def _spec(
@@ -244,6 +245,11 @@ def _check_rebuilt(model: nn.Module, spec: dict[str, Any], tensors: dict[str, Te
             raise ArtifactError(
                 f"the network that factory {spec['factory']} builds has the same weights and computes something else "
                 f"({error}). Pass the factory and factory_kwargs that the dense network was built with."
+            ) from error
+        except Exception as error:
+            raise ArtifactError(
+                f"the network does not run on one row of {spec['input_size']}: {type(error).__name__}: {error}. Pass "
+                "input_size=(channels, height, width) as the network takes it."
             ) from error
 
 

@@ -1,4 +1,4 @@
-"""Channel groups of a network as plain data: what can only go together, what stays whole and why, and what is multiplied.
+"""Channel groups of a network as plain data: what can only go together, what stays whole and why, what is multiplied.
 
 # C = channels of a group, K = entries that one channel owns along one tensor dimension
 
@@ -48,7 +48,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Input of a contraction module (convolution, linear) that *ends* the group's channels: where removal takes effect."""
+    """Input of a contraction module (convolution, linear) that *ends* the channels: where removal takes effect."""
 
     module: str
     """Qualified module name; its first positional input carries the channels."""
@@ -165,9 +165,10 @@ class Graph:
 
 
 def encode_index(index_CK: Tensor) -> dict[str, Any]:
-    """Index as arithmetic runs [start, step, count], read by rows or by columns, whichever is shorter. `decode_index` undoes it.
+    """Index as arithmetic runs [start, step, count], read by rows or by columns, whichever is shorter.
 
-    A plain range of 2048 channels is one run, the two halves that a chunk ties are two. Deterministic, so that texts compare.
+    A plain range of 2048 channels is one run, the two halves that a chunk ties are two. Deterministic, so that texts
+    compare. `decode_index` undoes it.
     """
     size, width = index_CK.shape
     rows, columns = _runs(index_CK.reshape(-1).tolist()), _runs(index_CK.t().reshape(-1).tolist())
@@ -210,7 +211,7 @@ def _decode_group(document: Mapping[str, Any]) -> Group:
     return Group(
         name=document["name"],
         size=document["size"],
-        members=tuple(Member(tensor, dim, decode_index(index), role) for tensor, dim, role, index in document["members"]),
+        members=tuple(Member(name, dim, decode_index(index), role) for name, dim, role, index in document["members"]),
         consumers=tuple(Site(module, axis, decode_index(index)) for module, axis, index in document["consumers"]),
     )
 

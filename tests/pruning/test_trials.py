@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 
 from pipeline.models.graph import Frozen, Graph, Group, Member, Site
 from pipeline.pruning import trials
+from pipeline.pruning.plan import planned
 from pipeline.pruning.surgery import named_tensors
 from pipeline.pruning.trials import Bench, random_subsets, try_cuts
 from tests.graphs import Residual, chain, index, residual_graph
@@ -146,6 +148,31 @@ def test_every_group_loses_and_keeps_something_and_single_channels_stay():
     kept = random_subsets(chain(2, 1, 2, 3, 2), seed=0)
     assert {name: len(channels) for name, channels in kept.items()} == {"fc1": 1, "fc2": kept and len(kept["fc2"])}
     assert 1 <= len(kept["fc2"]) <= 2
+
+
+# --- with label propagation -----------------------------------------------------------------------------------------
+
+
+def test_trace_gives_the_groups_that_were_worked_out_by_hand():
+    traced = trials.trace(mixed(), IMAGE)
+    assert {group.name: group.size for group in traced.groups} == {g.name: g.size for g in mixed_graph().groups}
+    kept = random_subsets(mixed_graph(), seed=0)
+    by_trace, by_hand = planned(traced, kept), planned(mixed_graph(), kept)
+    assert by_trace.kept == by_hand.kept
+    assert {n: {d: k.tolist() for d, k in dims.items()} for n, dims in by_trace.slices().items()} == {
+        n: {d: k.tolist() for d, k in dims.items()} for n, dims in by_hand.slices().items()
+    }
+
+
+@pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_byobnet", "test_vit"])
+def test_every_cut_of_a_traced_timm_model_equals_its_mask(name):
+    model = timm.create_model(name, num_classes=3).eval()
+    size = 160 if name == "test_vit" else 32
+    traced = trials.trace(model, torch.zeros(1, 3, size, size), num_trials=1)
+    assert traced.groups
+    bench = Bench(model, (torch.zeros(1, 3, size, size),), seed=9)
+    for trial in range(20, 23):
+        assert bench.attempt(planned(traced, random_subsets(traced, seed=9, trial=trial))) is None
 
 
 # --- manners --------------------------------------------------------------------------------------------------------

@@ -62,7 +62,8 @@ def rule(*names: str, kind: str) -> Callable[[Callable[[Trace, Call], None]], Ca
 # --- join: pointwise operations -----------------------------------------------------------------------------------------
 
 
-@rule("aten::copy_", "aten::where", "aten::lerp", "aten::addcmul", kind="join")
+@rule("aten::copy_", "aten::where", "aten::lerp", "aten::addcmul", "aten::hardswish", "aten::_prelu_kernel", "aten::native_dropout",
+    "aten::dropout", kind="join")
 def join(trace: Trace, call: Call) -> None:
     """Labels that meet in one element go together; an unlabelled operand of full size freezes what it meets."""
     tensors = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]

@@ -163,6 +163,7 @@ class _Mode(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         call = Call(func, args, kwargs or {}, out)
         name = func._schema.name
+        name = name if name in RULES else name.removesuffix("_")  # in place: the same rule
         if name in {"aten::t", "aten::transpose"} and self.trace.name_of(args[0]):
             self.trace.note_transpose(args[0], out)
         elif name in RULES:

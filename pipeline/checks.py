@@ -1,0 +1,34 @@
+"""`python -m pipeline verify RUN`: do the files still say what the report says, and does the cut still equal the mask?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pipeline import artifacts
+from pipeline.export import artifact
+from pipeline.pruning.masks import channel_masks, load_masks, mask, masks_sha256
+from pipeline.pruning.surgery import cut
+from pipeline.pruning.verify import verify
+from pipeline.run import Run
+from pipeline.stages import VERIFY_ROWS, example_images, networks
+
+
+def check_run(run: Run) -> Iterator[str]:
+    """One line for each check. Raises ValueError at the first that fails."""
+    summary = artifacts.read_json(run.path("report", "summary.json"))
+    plan = run.plan("ours")
+    masks = load_masks(run.path("masks.safetensors"))
+    found = {"plan": plan.sha256(), "masks": masks_sha256(masks)}
+    for name, sha256 in found.items():
+        if summary[name]["sha256"] != sha256:
+            raise ValueError(f"{name}: the report says {summary[name]['sha256']}, the file has {sha256}. One of them was changed.")
+        yield f"{name}: sha256 {sha256} as reported"
+    if masks_sha256(channel_masks(plan)) != found["masks"]:
+        raise ValueError("masks.safetensors does not hold the masks of plan.json. One of them was changed.")
+    yield "masks: those of the plan"
+    dense, images = run.network("dense"), example_images(run, VERIFY_ROWS)
+    for name in networks(run):
+        difference = verify(cut(dense, run.plan(name)), mask(dense, run.plan(name)), images).require()
+        yield f"cut {name}: equals the masked dense network on {difference.rows} rows (max abs {difference.max_abs:.2g}, relative {difference.max_rel:.2g})"
+    model = artifact.load(run.path("model"))
+    yield f"model: {sum(p.numel() for p in model.parameters()):,} parameters, loads without pickle"

@@ -1,0 +1,288 @@
+"""A run: its directory, what is done in it, its workers, and its networks. Stages (stages.py) are written on top of this."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import PIL
+import timm
+import torch
+import torchvision
+from safetensors.torch import load as load_safetensors
+from safetensors.torch import save as save_safetensors
+from torch import Tensor, nn
+
+from pipeline import artifacts
+from pipeline.artifacts import Manifest
+from pipeline.config import RunConfig
+from pipeline.data.batches import Decoder
+from pipeline.data.rows import Source, open_source
+from pipeline.data.units import Units
+from pipeline.execution import pool as ray_pool
+from pipeline.execution.drive import PassResult, run_pass
+from pipeline.execution.ledger import Ledger
+from pipeline.execution.pool import RayPool
+from pipeline.execution.worker import Pass, Task
+from pipeline.models import zoo
+from pipeline.models.graph import Graph
+from pipeline.pruning.plan import Plan
+from pipeline.pruning.surgery import cut
+from pipeline.report.progress import progress
+
+
+@dataclass(frozen=True)
+class Input:
+    """How an image becomes a tensor in this run."""
+
+    size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    interpolation: str
+    crop_fraction: float
+
+    @property
+    def decoder(self) -> Decoder:
+        return Decoder(self.size, self.mean, self.std, self.interpolation, self.crop_fraction)
+
+
+class Run:
+    """One run directory and the configuration that it is continued with."""
+
+    def __init__(self, config: RunConfig, command: str = "") -> None:
+        self.config = config
+        self.command = command
+        self.dir = artifacts.absolute(config.run_dir)
+        artifacts.probe_writable(self.dir)
+        self.manifest = Manifest(self.dir)
+        self._pool: RayPool | None = None
+        self._networks: dict[str, nn.Module] = {}
+
+    def path(self, *parts: str) -> str:
+        return artifacts.join(self.dir, *parts)
+
+    def say(self, text: str) -> None:
+        if not self.config.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    # --- stages -------------------------------------------------------------------------------------------------------
+
+    def stage(self, name: str, inputs: Mapping[str, Any], artifact: str, work: Callable[[], None]) -> None:
+        """Do `work` unless the manifest says that it is done from these very inputs. Work must be safe to begin again."""
+        inputs = json.loads(json.dumps(inputs, default=str))
+        if self.manifest.finished(name, inputs):
+            self.say(f"{name}: done before")
+            return
+        started = time.monotonic()
+        self.manifest.begin(name, inputs)
+        work()
+        self.manifest.finish(name, artifact)
+        self.say(f"{name}: {time.monotonic() - started:.1f} s")
+
+    # --- workers --------------------------------------------------------------------------------------------------------
+
+    def connect(self) -> None:
+        workers = self.config.workers
+        wanted = (workers.num_workers or 1) * workers.threads
+        ray_pool.connect(workers.address, num_cpus=max(wanted, _cpus()))
+
+    @cached_property
+    def device(self) -> str:
+        self.connect()
+        return ray_pool.choose_device(self.config.workers.device)
+
+    @cached_property
+    def num_workers(self) -> int:
+        self.connect()
+        return self.config.workers.num_workers or ray_pool.default_num_workers(self.device, self.config.workers.threads)
+
+    @property
+    def pool(self) -> RayPool:
+        if self._pool is None:
+            self.connect()
+            self._pool = RayPool(self.num_workers, self.device, self.config.workers.threads)
+        return self._pool
+
+    def release_pool(self) -> None:
+        """Free the workers' GPUs and CPUs for somebody else."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
+
+    # --- data -----------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def train_rows(self) -> Source:
+        return self._open(self.config.data.train)
+
+    @cached_property
+    def val_rows(self) -> Source:
+        return self._open(self.config.data.val)
+
+    def _open(self, path: str) -> Source:
+        data = self.config.data
+        return open_source(path, image_column=data.image_column, label_column=data.label_column, cache_dir=data.cache_dir)
+
+    @cached_property
+    def input(self) -> Input:
+        """From the configuration; what it leaves open is the network's own."""
+        own, data = zoo.data_config(self.fresh()), self.config.data
+        return Input(
+            size=data.image_size,
+            mean=data.mean or own["mean"],
+            std=data.std or own["std"],
+            interpolation=own["interpolation"],
+            crop_fraction=data.crop_fraction or own["crop_pct"],
+        )
+
+    @cached_property
+    def num_classes(self) -> int:
+        return zoo.num_classes(self.fresh(), self.config.data.image_size)
+
+    # --- networks -------------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _architecture(self) -> nn.Module:
+        """The dense network without its weights' story: built once, never given away."""
+        model = self.config.model
+        torch.manual_seed(self.config.seed)
+        return zoo.build(model.name, num_classes=model.num_classes, class_subset=model.classes, **model.kwargs)
+
+    def fresh(self) -> nn.Module:
+        return self._architecture
+
+    def initial(self) -> nn.Module:
+        """The dense network as the configuration gives it, with its weights."""
+        model = self.config.model
+        torch.manual_seed(self.config.seed)
+        return zoo.build(
+            model.name,
+            num_classes=model.num_classes,
+            pretrained=model.pretrained,
+            checkpoint=model.checkpoint,
+            class_subset=model.classes,
+            **model.kwargs,
+        )
+
+    def save_network(self, name: str, state: Mapping[str, Tensor]) -> None:
+        """Keep weights under RUN/networks."""
+        content = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
+        artifacts.write_bytes(self.path("networks", f"{name}.safetensors"), save_safetensors(content))
+        self._networks.pop(name, None)
+
+    def network(self, name: str, plan: str | None = None) -> nn.Module:
+        """A network of this run: the dense architecture, cut by a plan if one is named, with the weights kept under `name`."""
+        if name not in self._networks:
+            model = self.initial_shape() if plan is None else cut(self.initial_shape(), self.plan(plan))
+            model.load_state_dict(load_safetensors(artifacts.read_bytes(self.path("networks", f"{name}.safetensors"))))
+            self._networks[name] = model.eval()
+        return self._networks[name]
+
+    def initial_shape(self) -> nn.Module:
+        import copy
+
+        return copy.deepcopy(self._architecture)
+
+    def graph(self) -> Graph:
+        return Graph.from_json(artifacts.read_bytes(self.path("graph.json")).decode())
+
+    def plan(self, name: str) -> Plan:
+        """`ours` is RUN/plan.json, a control RUN/plans/NAME.json."""
+        return Plan.from_json(artifacts.read_bytes(self.plan_path(name)).decode())
+
+    def plan_path(self, name: str) -> str:
+        return self.path("plan.json") if name == "ours" else self.path("plans", f"{name}.json")
+
+    # --- passes over the data -------------------------------------------------------------------------------------------
+
+    def data_pass(
+        self,
+        name: str,
+        task: Task,
+        source: Source,
+        units: Units,
+        *,
+        micro_batch: int,
+        inputs: Mapping[str, Any],
+        title: str,
+    ) -> PassResult:
+        """Distribute `task` over `units` with exact sums; goes on from the commits in RUN/units/NAME."""
+        config = self.config
+        ledger = Ledger(self.path("units", name), len(units), artifacts.sha256_of(inputs))
+        work = Pass(
+            task=task,
+            source=source,
+            units=units,
+            decoder=self.input.decoder,
+            ledger=ledger,
+            grid=None,
+            micro_batch=micro_batch,
+            num_classes=self.num_classes,
+            on_bad_row=config.data.on_bad_row,
+            decode_threads=config.workers.decode_threads,
+        )
+        with progress(title, total=units.num_rows, unit="rows", quiet=config.quiet) as bar:
+            return run_pass(
+                work,
+                self.pool,
+                headroom_bits=config.score.headroom_bits,
+                commit_interval_s=config.workers.commit_interval_s,
+                max_failures=config.workers.max_failures,
+                max_bad_fraction=config.data.max_bad_fraction,
+                on_progress=lambda rows: bar.update(rows),
+                on_warning=self.say,
+            )
+
+    def pass_inputs(self, source: Source, units: Units, micro_batch: int, **more: Any) -> dict[str, Any]:
+        """What the bits of a pass depend on; the number of workers is not among it."""
+        return {
+            "rows": source.fingerprint,
+            "units": units.describe(),
+            "micro_batch": micro_batch,
+            "input": vars(self.input),
+            "on_bad_row": self.config.data.on_bad_row,
+            "device": self.device,
+            "threads": self.config.workers.threads,
+            "versions": versions(),
+            **more,
+        }
+
+
+def versions() -> dict[str, str]:
+    """Of the libraries whose numbers end up in the sums."""
+    return {"torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__, "pillow": PIL.__version__}
+
+
+def environment(run: Run) -> dict[str, Any]:
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cpus": _cpus(),
+        "device": run.device,
+        "workers": run.num_workers,
+        "threads_per_worker": run.config.workers.threads,
+        **versions(),
+        "ray": ray_pool.ray.__version__,
+        "command": run.command,
+    }
+
+
+def _cpus() -> int:
+    import os
+
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()

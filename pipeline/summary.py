@@ -1,0 +1,116 @@
+"""RUN/report: the figures of a run, gathered from what its stages left, as summary.json and report.html."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline import artifacts
+from pipeline.pruning.masks import load_masks, masks_sha256
+from pipeline.report.html import render
+from pipeline.run import Run, environment
+from pipeline.stages import networks
+
+
+def write_report(run: Run) -> dict[str, Any]:
+    """Write both files and return the summary. What a run has left out is null, never 0."""
+    summary = summarise(run)
+    artifacts.write_json(run.path("report", "summary.json"), summary)
+    artifacts.write_bytes(run.path("report", "report.html"), render(summary).encode())
+    return summary
+
+
+def _read(run: Run, *parts: str) -> Any:
+    path = run.path(*parts)
+    return artifacts.read_json(path) if artifacts.exists(path) else None
+
+
+def summarise(run: Run) -> dict[str, Any]:
+    before, after = _read(run, "evaluation", "before.json"), _read(run, "evaluation", "after.json")
+    plan, graph = run.plan("ours"), run.graph()
+    config = run.config
+    budget = plan.budget
+    (measure, fraction), *_ = budget.items()
+    return {
+        "model": config.model.name,
+        "dense": {**_accuracy(before, "dense"), **_costs(run, None), "latency_ms": _latency(run, "dense")},
+        "pruned": {**_before_and_after(before, after, "ours"), **_costs(run, "ours"), "latency_ms": _latency(run, "ours")},
+        "controls": {
+            name: {**_before_and_after(before, after, name), **_costs(run, name), "latency_ms": _latency(run, name), "scope": run.plan(name).scope}
+            for name in networks(run)
+            if name != "ours"
+        },
+        "saliency": _saliency(run),
+        "plan": {
+            "sha256": plan.sha256(),
+            "budget": budget,
+            "budget_text": f"{fraction:.0%} of the {'MACs' if measure == 'macs' else 'parameters'} remain",
+            "scope": plan.scope,
+            "groups": [{"name": group.name, "size": group.size, "kept": len(group.kept)} for group in plan.groups],
+        },
+        "masks": {"sha256": masks_sha256(load_masks(run.path("masks.safetensors")))},
+        "verify": _verify(run),
+        "frozen": [{"group": f.group, "size": f.size, "operation": f.operation, "where": f.where, "reason": f.reason} for f in graph.frozen],
+        "train": _training(run, "train", config.train.epochs),
+        "recover": _training(run, "recover", config.recover.epochs),
+        "stages": [
+            {"name": name, "state": r.state, "seconds": r.seconds if r.state == "done" else None, "started": r.started, "finished": r.finished}
+            for name, r in run.manifest.stages.items()
+        ],
+        "bad_rows": _bad_rows(run, before),
+        "per_class": _per_class(before, after),
+        "data": {"train": run.train_rows.fingerprint, "val": run.val_rows.fingerprint, "val_rows": before["rows"]},
+        "environment": environment(run),
+    }
+
+
+def _accuracy(evaluation: Any, name: str) -> dict[str, Any]:
+    found = evaluation["models"][name] if evaluation and name in evaluation["models"] else {}
+    return {key: found.get(key) for key in ("top1", "top5", "loss", "agreement")}
+
+
+def _before_and_after(before: Any, after: Any, name: str) -> dict[str, Any]:
+    return {"top1_before_recovery": _accuracy(before, name)["top1"], **_accuracy(after, name)}
+
+
+def _costs(run: Run, plan: str | None) -> dict[str, int]:
+    costs = run.plan("ours").dense if plan is None else run.plan(plan).kept
+    return {"params": costs.params, "macs": costs.macs}
+
+
+def _latency(run: Run, name: str) -> dict[str, float]:
+    found = _read(run, "latency.json")
+    return {batch: models[name]["median_ms"] for batch, models in found["batch"].items()} if found else {}
+
+
+def _saliency(run: Run) -> dict[str, Any]:
+    found = _read(run, "saliency", "pass.json") or {}
+    keys = ("rows", "units", "workers", "sha256", "seconds", "commits", "lost_workers", "resumed_units")
+    values = {key: found.get(key) for key in keys}
+    # A resumed pass has computed only what was left: its rate counts that part.
+    share = 1 - found["resumed_units"] / found["units"] if found else None
+    rate = found["rows"] * share / found["seconds"] if found and share else None
+    return {"criterion": run.config.score.criterion, **values, "rows_per_s": rate, "skipped": len(found.get("bad_rows", []))}
+
+
+def _verify(run: Run) -> dict[str, Any]:
+    ours = (_read(run, "verify.json") or {}).get("ours", {})
+    return {"max_abs_diff": ours.get("max_abs"), "max_rel_diff": ours.get("max_rel"), "rows": ours.get("rows")}
+
+
+def _training(run: Run, name: str, epochs: int) -> dict[str, Any] | None:
+    history = _read(run, "checkpoints", name, "history.json")
+    if not history:
+        return None
+    last = history[-1]
+    return {"epochs": epochs, "seconds": last["seconds"], "rows_per_s": last["rows_per_s"], "history": history}
+
+
+def _bad_rows(run: Run, before: Any) -> list[dict[str, Any]]:
+    scored = (_read(run, "saliency", "pass.json") or {}).get("bad_rows", [])
+    return [*scored, *(before or {}).get("bad_rows", [])]
+
+
+def _per_class(before: Any, after: Any) -> list[dict[str, Any]]:
+    dense = before["models"]["dense"]["class_accuracy"]
+    pruned = (after or before)["models"]["ours"]["class_accuracy"]
+    return [{"class": c, "dense": d, "pruned": p} for c, (d, p) in enumerate(zip(dense, pruned, strict=True))]
