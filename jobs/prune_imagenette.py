@@ -27,7 +27,6 @@ def config() -> RunConfig:
             train="hf:frgfm/imagenette:train",
             val="hf:frgfm/imagenette:validation",
             image_size=128,
-            crop_fraction=1.0,
             mean=(0.5, 0.5, 0.5),
             std=(0.5, 0.5, 0.5),
         ),

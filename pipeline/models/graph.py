@@ -80,10 +80,10 @@ class Group:
     consumers: tuple[Site, ...]
 
     def __post_init__(self) -> None:
-        for part in (*self.members, *self.consumers):
-            if len(part.index_CK) != self.size:
-                what = part.tensor if isinstance(part, Member) else part.module
-                raise ValueError(f"group {self.name} has {self.size} channels, {what} indexes {len(part.index_CK)}.")
+        parts = [(m.tensor, m.index_CK) for m in self.members] + [(s.module, s.index_CK) for s in self.consumers]
+        for what, index_CK in parts:
+            if len(index_CK) != self.size:
+                raise ValueError(f"group {self.name} has {self.size} channels, {what} indexes {len(index_CK)}.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""The dense network: a timm name or a factory of one's own, with weights from the Hub, a file or an installed package."""
+"""The dense network: a timm name or a factory of one's own; weights from the Hub, a file or an installed package."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import difflib
 import importlib
 import importlib.resources
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -58,7 +58,9 @@ def _from_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module
     if not timm.is_model(base):
         close = difflib.get_close_matches(base, timm.list_models(), n=3)
         hint = f"Did you mean {', '.join(close)}? " if close else ""
-        raise ModelError(f"timm has no model '{name}'. {hint}`timm.list_models()` lists all; your own is 'package.module:factory'.")
+        raise ModelError(
+            f"timm has no model '{name}'. {hint}`timm.list_models()` lists all; your own is 'package.module:factory'."
+        )
     try:
         return timm.create_model(name, pretrained=pretrained, **_living_start(base, pretrained, kwargs))
     except RuntimeError as error:
@@ -67,14 +69,18 @@ def _from_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module
         if not pretrained:
             raise
         raise ModelError(
-            f"the weights of '{name}' cannot be downloaded ({type(error).__name__}). On a machine without the Hub give them as a file: "
-            "--model.checkpoint PATH --model.pretrained False."
+            f"the weights of '{name}' cannot be downloaded ({type(error).__name__}). On a machine without the Hub give "
+            "them as a file: --model.checkpoint PATH --model.pretrained False."
         ) from error
 
 
 def _living_start(base: str, pretrained: bool, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """timm initialises the last norm of a residual branch with zero; every weight before it would then start without a gradient."""
-    if not pretrained and "zero_init_last" not in kwargs and base.startswith(("resnet", "resnext", "wide_resnet", "seresne")):
+    """timm starts the last norm of a residual branch at zero; every weight before it would then have no gradient."""
+    if (
+        not pretrained
+        and "zero_init_last" not in kwargs
+        and base.startswith(("resnet", "resnext", "wide_resnet", "seresne"))
+    ):
         return {**kwargs, "zero_init_last": False}
     return kwargs
 
@@ -84,28 +90,39 @@ def _from_factory(name: str, kwargs: dict[str, Any]) -> nn.Module:
     try:
         model = getattr(importlib.import_module(module_name), function)(**kwargs)
     except (ImportError, AttributeError) as error:
-        raise ModelError(f"the factory '{name}' cannot be imported: {error}. It must be importable on every worker.") from error
+        raise ModelError(
+            f"the factory '{name}' cannot be imported: {error}. It must be importable on every worker."
+        ) from error
     if not isinstance(model, nn.Module):
         raise ModelError(f"the factory '{name}' returned {type(model).__name__}, not an nn.Module.")
     return model
 
 
-# --- weights -----------------------------------------------------------------------------------------------------------
+# --- weights ----------------------------------------------------------------------------------------------------------
 
 
 def read_checkpoint(path: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors or torch file (weights_only), in file order. "pkg:PACKAGE/FILE" lies in an installed package."""
+    """Tensors of a safetensors or torch file (weights_only), in file order.
+
+    "pkg:PACKAGE/FILE" is a file of an installed package.
+    """
     if path.startswith("pkg:"):
         package, _, file = path.removeprefix("pkg:").partition("/")
         try:
             path = str(importlib.resources.files(package).joinpath(file))
         except ModuleNotFoundError as error:
-            raise ModelError(f"the package '{package}' is not installed. Run: pip install {package.replace('_', '-')}") from error
+            raise ModelError(
+                f"the package '{package}' is not installed. Run: pip install {package.replace('_', '-')}"
+            ) from error
     path = os.path.expanduser(path)
     if not os.path.exists(path):
         raise ModelError(f"there is no checkpoint {path}.")
     try:
-        content: Any = load_file(path) if path.endswith(".safetensors") else torch.load(path, map_location="cpu", weights_only=True)
+        content: Any = (
+            load_file(path)
+            if path.endswith(".safetensors")
+            else torch.load(path, map_location="cpu", weights_only=True)
+        )
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise ModelError(f"{path} is no whole safetensors or torch file: {error}") from error
     except Exception as error:  # torch.load raises pickle's own error for what is no tensor
@@ -121,12 +138,20 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Load by name; a file with other names is accepted when all its shapes agree with the network's, in order."""
     own = model.state_dict()
-    weights = {name.removeprefix("module."): value for name, value in weights.items()}
+    if all(name.startswith("module.") for name in weights) and not all(name.startswith("module.") for name in own):
+        weights = {name.removeprefix("module."): value for name, value in weights.items()}  # saved from inside DDP
     if set(own) != set(weights):
         weights = _by_position(own, weights, source)
-    wrong = [f"{name}: {tuple(weights[name].shape)}, the network has {tuple(own[name].shape)}" for name in own if weights[name].shape != own[name].shape]
+    wrong = [
+        f"{name}: {tuple(weights[name].shape)}, the network has {tuple(own[name].shape)}"
+        for name in own
+        if weights[name].shape != own[name].shape
+    ]
     if wrong:
-        raise ModelError(f"{source} does not fit the network: {wrong[0]} ({len(wrong)} tensors in all). Check model.name and model.num_classes.")
+        raise ModelError(
+            f"{source} does not fit the network: {wrong[0]} ({len(wrong)} tensors in all). "
+            "Check model.name and model.num_classes."
+        )
     model.load_state_dict(weights)
 
 
@@ -135,43 +160,57 @@ def _by_position(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], sourc
     for (name, mine), (other, theirs) in pairs:
         if mine.shape != theirs.shape:
             raise ModelError(
-                f"{source} has other names than the network, and other shapes in order: first at {name} {tuple(mine.shape)} against {other} "
-                f"{tuple(theirs.shape)}. Check model.name and model.num_classes."
+                f"{source} has other names than the network, and other shapes in order: first at {name} "
+                f"{tuple(mine.shape)} against {other} {tuple(theirs.shape)}. Check model.name and model.num_classes."
             )
     if len(own) != len(weights):
-        raise ModelError(f"{source} has {len(weights)} tensors, the network {len(own)}, under other names. Check model.name.")
+        raise ModelError(
+            f"{source} has {len(weights)} tensors, the network {len(own)}, under other names. Check model.name."
+        )
     return {name: theirs for (name, _), (_, theirs) in pairs}
 
 
 def require_finite(model: nn.Module, name: str) -> None:
-    broken = [key for key, value in model.state_dict().items() if value.is_floating_point() and not bool(value.isfinite().all())]
+    broken = [
+        key
+        for key, value in model.state_dict().items()
+        if value.is_floating_point() and not bool(value.isfinite().all())
+    ]
     if broken:
         shown = ", ".join(broken[:5])
-        raise ModelError(f"the weights of '{name}' hold NaN or Inf in {len(broken)} tensors: {shown}. Use a checkpoint that is whole.")
+        raise ModelError(
+            f"the weights of '{name}' hold NaN or Inf in {len(broken)} tensors: {shown}. "
+            "Use a checkpoint that is whole."
+        )
 
 
-# --- the classifier and the input ----------------------------------------------------------------------------------------
+# --- the classifier and the input -------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def keep_classes_(model: nn.Module, classes: Sequence[int]) -> None:
     """Keep these rows of the classifier, in this order."""
-    head = model.get_classifier() if hasattr(model, "get_classifier") else None
+    find: Callable[[], object] | None = getattr(model, "get_classifier", None)
+    head = find() if find else None
     if not isinstance(head, nn.Linear):
-        raise ModelError(f"model.classes needs a network with one linear classifier; this one has {type(head).__name__}.")
+        raise ModelError(
+            f"model.classes needs a network with one linear classifier; this one has {type(head).__name__}."
+        )
     outside = [c for c in classes if not 0 <= c < head.out_features]
     if outside or len(set(classes)) != len(classes) or len(classes) < 2:
-        raise ModelError(f"model.classes {list(classes)} must be at least two different indices below {head.out_features}.")
+        raise ModelError(
+            f"model.classes {list(classes)} must be at least two different indices below {head.out_features}."
+        )
     head.weight = nn.Parameter(head.weight[list(classes)].clone())
     if head.bias is not None:
         head.bias = nn.Parameter(head.bias[list(classes)].clone())
     head.out_features = len(classes)
     if hasattr(model, "num_classes"):
-        model.num_classes = len(classes)
+        vars(model)["num_classes"] = len(classes)
 
 
 def data_config(model: nn.Module) -> dict[str, Any]:
-    """How the network wants its input: mean, std, interpolation, crop_pct, input_size; ImageNet's for a module that does not say."""
+    """How the network wants its input: mean, std, interpolation, crop_pct, input_size; ImageNet's if unsaid."""
     config = dict(getattr(model, "pretrained_cfg", None) or {})
     return {
         "mean": tuple(config.get("mean") or (0.485, 0.456, 0.406)),
@@ -190,7 +229,9 @@ def num_classes(model: nn.Module, image_size: int) -> int:
         with torch.no_grad():
             output = model(torch.zeros(1, 3, image_size, image_size))
     except RuntimeError as error:
-        raise ModelError(f"the network does not run on 3 x {image_size} x {image_size} pixels: {error}. Change data.image_size.") from error
+        raise ModelError(
+            f"the network does not run on 3 x {image_size} x {image_size} pixels: {error}. Change data.image_size."
+        ) from error
     finally:
         for name, module in model.named_modules():
             module.training = training[name]

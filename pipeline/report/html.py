@@ -1,146 +1,282 @@
-"""report.html: one self-contained page, from summary.json alone. Plots are SVG made here; nothing is loaded from elsewhere."""
+"""report.html: one self-contained page, made from summary.json alone; nothing in it is loaded from elsewhere."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Any
 
 from jinja2 import Environment, StrictUndefined
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from pipeline.report.terminal import count, duration, milliseconds, percent, rows_of
+from pipeline.report import plots, text
+from pipeline.report.numbers import ClassAccuracy, FrozenGroup, Network, Summary, batch_sizes, complete, networks
+
+MOST_ROWS = 100
+"""Longer tables are cut here; summary.json has every row."""
+NAMED_CLASSES = 8
+"""Classes listed at each end where there are too many to show all."""
 
 
-def render(summary: Mapping[str, Any]) -> str:
+def render(summary: Mapping[str, Any], *, written: float | None = None) -> str:
+    """The page, as text.
+
+    Args:
+        summary: may lack any part; what is missing is shown as a dash, or left out by name.
+        written: the time in the page's foot, in seconds since 1970; now by default.
+
+    Raises:
+        ValueError: as `numbers.complete`.
+    """
+    full = complete(summary)
+    package = files("pipeline.report")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters.update(percent=percent, count=count, ms=milliseconds, duration=duration, ratio=ratio)
-    template = environment.from_string(files("pipeline.report").joinpath("report.html.j2").read_text())
-    recover, train = summary["recover"], summary["train"]
+    filters = (text.percent, text.whole, text.duration, text.rate, text.unbroken)
+    environment.filters.update({one.__name__: one for one in filters})
+    template = environment.from_string(package.joinpath("page.html.j2").read_text(encoding="utf-8"))
+    columns = networks(full)
+    speed = _speed_batch(full)
+    macs, macs_unit = _macs_scale(columns)
+    latencies = [n.latency_ms.get(speed) if speed else None for n in columns]
+    groups = full["plan"]["groups"]
     return template.render(
-        s=summary,
-        rows=rows_of(summary),
-        batches=list(summary["dense"]["latency_ms"]),
-        kept=Markup(kept_bars(summary["plan"]["groups"])),
-        accuracy=Markup(accuracy_plot(rows_of(summary))),
-        recovery=Markup(loss_plot(recover["history"])) if recover else None,
-        training=Markup(loss_plot(train["history"])) if train else None,
-        stages=Markup(stage_bars(summary["stages"])),
-        written=time.strftime("%Y-%m-%d %H:%M", time.localtime()),
+        s=full,
+        css=Markup(package.joinpath("page.css").read_text(encoding="utf-8")),
+        headline=headline(full),
+        figures=key_figures(full),
+        networks=columns,
+        table=comparison(full),
+        findings=findings(full),
+        absent=absent(full),
+        accuracy=[
+            plots.accuracy_against(columns, macs, f"MACs of one row, {macs_unit}"),
+            plots.accuracy_against(columns, latencies, f"latency at batch {speed}, ms"),
+        ],
+        recovered=any(n.after is not None for n in columns[1:]),
+        kept=plots.kept_channels(groups),
+        kept_total=(sum(g["kept"] for g in groups), sum(g["size"] for g in groups)),
+        curves=training_curves(full),
+        stages=plots.stage_times(full["stages"]),
+        seconds=sum(stage["seconds"] or 0.0 for stage in full["stages"]),
+        classes=plots.class_accuracy(full["per_class"]),
+        many_classes=len(plots.measured_classes(full["per_class"])) > plots.CLASS_ROWS,
+        extremes=class_extremes(full["per_class"]),
+        frozen=frozen_by_reason(full["frozen"]),
+        hashes=hashes(full),
+        most_rows=MOST_ROWS,
+        written=time.strftime("%Y-%m-%d %H:%M", time.localtime(written)),
     )
 
 
-def ratio(value: float | None, of: float | None) -> str:
-    return f"{value / of:.2f}×" if value is not None and of else ""
+# --- sentences ------------------------------------------------------------------------------------------------------
 
 
-# --- plots: strings of SVG, colours from the page's variables -----------------------------------------------------------
+def headline(summary: Summary) -> str:
+    """The run in one sentence, without what was not measured; MACs come with a measured time only."""
+    dense, ours, batch = summary["dense"], summary["pruned"], _speed_batch(summary)
+    name = summary["model"] or "The network"
+    if batch and text.share(ours["macs"], dense["macs"]):
+        faster = text.speedup(ours["latency_ms"][batch], dense["latency_ms"][batch])
+        part = text.share(ours["macs"], dense["macs"])
+        cost = f"{name} with {part} of its MACs runs {faster} as fast at batch {batch}"
+    elif text.share(ours["params"], dense["params"]):
+        cost = f"{name} with {text.share(ours['params'], dense['params'])} of its parameters"
+    else:
+        cost = f"{name}"
+    last = networks(summary)[-1]
+    if dense["top1"] is None or last.top1 is None:
+        return f"{cost}: accuracy not measured"
+    before = "" if last.after is not None else ", before any recovery"
+    return f"{cost}: top-1 goes from {text.percent(dense['top1'])} to {text.percent(last.top1)}{before}"
 
 
-def _svg(width: float, height: float, body: Sequence[str], label: str) -> str:
-    return (
-        f'<svg viewBox="0 0 {width:g} {height:g}" role="img" aria-label="{escape(label)}" '
-        f'style="max-width:{width:g}px">{"".join(body)}</svg>'
-    )
-
-
-def _text(x: float, y: float, text: object, kind: str = "", anchor: str = "start") -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" class="{kind}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def kept_bars(groups: Sequence[Mapping[str, Any]]) -> str:
-    """One row for each group in the network's order: the outline is the dense width, the fill what is kept."""
-    row, left, width = 15, 210, 520
-    widest = max((g["size"] for g in groups), default=1)
-    body = []
-    for i, group in enumerate(groups):
-        y = i * row
-        full, kept = width * math.sqrt(group["size"] / widest), width * math.sqrt(group["size"] / widest) * group["kept"] / group["size"]
-        body.append(
-            f'<g><title>{escape(group["name"])}: {group["kept"]} of {group["size"]} channels</title>'
-            f'{_text(left - 8, y + 11, group["name"], "name", "end")}'
-            f'<rect x="{left}" y="{y + 2}" width="{full:.1f}" height="{row - 4}" class="outline"/>'
-            f'<rect x="{left}" y="{y + 2}" width="{kept:.1f}" height="{row - 4}" class="fill"/>'
-            f'{_text(left + full + 6, y + 11, str(group["kept"]) + "/" + str(group["size"]), "value")}</g>'
+def findings(summary: Summary) -> list[str]:
+    """What a careful reader asks next: the controls, the noise of the measurement, the check of the cut."""
+    columns, ours, verify, rows = networks(summary), summary["pruned"], summary["verify"], summary["data"]["val_rows"]
+    found = []
+    mine = ours["top1_before_recovery"]
+    against = [
+        f"{abs(100 * (mine - n.before)):.2f} points {'above' if mine >= n.before else 'below'} {n.name}"
+        for n in columns
+        if n.kind == "control" and n.before is not None and mine is not None
+    ]
+    if against:
+        found.append(f"Before recovery, the chosen criterion is {' and '.join(against)}, at the same budget.")
+    top1 = columns[-1].top1
+    if rows and top1 is not None:
+        error = 100 * math.sqrt(max(top1 * (1 - top1), 0.0) / rows)
+        found.append(f"Measured on {rows:,} validation rows: one standard error of a top-1 is {error:.2f} points.")
+    if ours["agreement"] is not None:
+        same = text.percent(ours["agreement"])
+        found.append(f"The pruned network gives the dense one's answer on {same} of the rows.")
+    if ours["top1"] is not None:
+        found.append("Figures after recovery are those of the last epoch, not of the best.")
+    if verify["max_abs_diff"] is not None:
+        found.append(
+            f"Cut and masked dense network, compared on {text.whole(verify['rows'])} rows: outputs differ by at "
+            f"most {text.small(verify['max_abs_diff'])} (relative {text.small(verify['max_rel_diff'])})."
         )
-    return _svg(left + width + 80, max(1, len(groups)) * row, body, "kept channels of each group")
+    return found
 
 
-def _axis(low: float, high: float, wanted: int = 5) -> list[float]:
-    """Round tick values inside [low, high]."""
-    raw = max(high - low, 1e-12) / wanted
-    power = 10 ** math.floor(math.log10(raw))
-    step = next(power * f for f in (1, 2, 5, 10) if power * f >= raw)
-    first = math.ceil(low / step - 1e-9)
-    return [i * step for i in range(first, math.floor(high / step + 1e-9) + 1)]
+def absent(summary: Summary) -> list[str]:
+    """Parts that this run has left out."""
+    parts = {
+        "accuracy": summary["dense"]["top1"] is not None,
+        "latency": bool(batch_sizes(summary)),
+        "controls": any(n.kind == "control" for n in networks(summary)),
+        "saliency": summary["saliency"]["sha256"] is not None,
+        "plan": bool(summary["plan"]["groups"]),
+        "check of the cut": summary["verify"]["max_abs_diff"] is not None,
+        "recovery": bool(summary["recover"]["history"]),
+        "accuracy of each class": bool(plots.measured_classes(summary["per_class"])),
+    }
+    return [name for name, there in parts.items() if not there]
 
 
-class _Frame:
-    """Axes of a plot: data to pixels, grid and ticks."""
-
-    def __init__(self, xs: Sequence[float], ys: Sequence[float], x_title: str, y_title: str) -> None:
-        self.left, self.top, self.width, self.height = 52, 12, 420, 220
-        self.x0, self.x1 = min(xs), max(xs) if max(xs) > min(xs) else min(xs) + 1
-        margin = 0.08 * (max(ys) - min(ys)) or 0.01
-        self.y0, self.y1 = min(ys) - margin, max(ys) + margin
-        self.body: list[str] = []
-        for tick in _axis(self.y0, self.y1):
-            y = self.y(tick)
-            self.body.append(f'<line x1="{self.left}" x2="{self.left + self.width}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-            self.body.append(_text(self.left - 6, y + 4, f"{tick:g}", "value", "end"))
-        for tick in _axis(self.x0, self.x1):
-            self.body.append(_text(self.x(tick), self.top + self.height + 16, f"{tick:g}", "value", "middle"))
-        self.body.append(_text(self.left + self.width / 2, self.top + self.height + 34, x_title, "name", "middle"))
-        self.body.append(_text(self.left, self.top - 1, y_title, "name"))
-
-    def x(self, value: float) -> float:
-        return self.left + self.width * (value - self.x0) / (self.x1 - self.x0)
-
-    def y(self, value: float) -> float:
-        return self.top + self.height * (1 - (value - self.y0) / (self.y1 - self.y0))
-
-    def svg(self, label: str) -> str:
-        return _svg(self.left + self.width + 70, self.top + self.height + 42, self.body, label)
+# --- figures --------------------------------------------------------------------------------------------------------
 
 
-def accuracy_plot(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
-    """Top-1 against MACs; an arrow goes from before recovery to after it."""
-    points = [(name, row["macs"] / 1e6, 100 * row["before"], row["after"]) for name, row in rows if row["before"] is not None]
-    ys = [y for *_, y, after in points] + [100 * after for *_, after in points if after is not None]
-    xs = [0.0] + [1.08 * x for _, x, *_ in points]
-    frame = _Frame(xs, ys, "million MACs of one row", "top-1, %")
-    for name, macs, before, after in points:
-        kind = "ours" if name.startswith("ours") else "dense" if name == "dense" else "control"
-        x, y = frame.x(macs), frame.y(before)
-        frame.body.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" class="{kind}{"" if after is None else " hollow"}"/>')
-        frame.body.append(_text(x + 9, y + 4, name, "name"))
-        if after is not None:
-            top = frame.y(100 * after)
-            frame.body.append(f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y - 6:.1f}" y2="{top + 6:.1f}" class="arrow {kind}"/>')
-            frame.body.append(f'<circle cx="{x:.1f}" cy="{top:.1f}" r="5" class="{kind}"/>')
-            frame.body.append(_text(x + 9, top + 4, f"{100 * after:.1f} after recovery", "name"))
-    return frame.svg("top-1 against MACs")
+@dataclass(frozen=True)
+class Figure:
+    """A figure in large type with its dense counterpart below."""
+
+    name: str
+    value: str
+    note: str
 
 
-def loss_plot(history: Sequence[Mapping[str, Any]]) -> str:
-    xs, ys = [float(h["step"]) for h in history], [float(h["loss"]) for h in history]
-    frame = _Frame(xs, ys, "step", "training loss")
-    path = " ".join(f"{'L' if i else 'M'}{frame.x(x):.1f} {frame.y(y):.1f}" for i, (x, y) in enumerate(zip(xs, ys, strict=True)))
-    frame.body.append(f'<path d="{path}" class="curve"/>')
-    if len(xs) < 40:
-        frame.body += [f'<circle cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="2.5" class="ours"/>' for x, y in zip(xs, ys, strict=True)]
-    return frame.svg("training loss")
+def key_figures(summary: Summary) -> list[Figure]:
+    dense, ours = summary["dense"], summary["pruned"]
+    last, speed = networks(summary)[-1], _speed_batch(summary)
+    change = text.points(last.top1, dense["top1"])
+    accuracy = "top-1" if last.after is not None else "top-1 before recovery"
+    return [
+        Figure(accuracy, text.percent(last.top1), f"{change} points" if change else ""),
+        _cost_figure("parameters", ours["params"], dense["params"], text.count),
+        _cost_figure("MACs of one row", ours["macs"], dense["macs"], text.count),
+        _cost_figure(
+            f"latency, batch {speed}", ours["latency_ms"][speed], dense["latency_ms"][speed], text.milliseconds
+        )
+        if speed
+        else Figure("latency", text.MISSING, text.NOT_MEASURED),
+    ]
 
 
-def stage_bars(stages: Sequence[Mapping[str, Any]]) -> str:
-    row, left, width = 22, 130, 280
-    longest = max((s["seconds"] or 0 for s in stages), default=0) or 1
-    body = []
-    for i, stage in enumerate(stages):
-        y, length = i * row, width * (stage["seconds"] or 0) / longest
-        body.append(_text(left - 8, y + 15, stage["name"], "name", "end"))
-        body.append(f'<rect x="{left}" y="{y + 4}" width="{max(1, length):.1f}" height="{row - 8}" class="fill"/>')
-        body.append(_text(left + length + 6, y + 15, duration(stage["seconds"]), "value"))
-    return _svg(left + width + 100, max(1, len(stages)) * row, body, "time of each stage")
+def _cost_figure(name: str, ours: float | None, dense: float | None, shown: Callable[[float | None], str]) -> Figure:
+    part = text.share(ours, dense)
+    return Figure(name, shown(ours), f"{part} of {shown(dense)}" if part else "")
+
+
+BEFORE, AFTER = "top-1 before recovery", "top-1 after recovery"
+
+
+@dataclass(frozen=True)
+class Cell:
+    value: str
+    note: str = ""
+    span: int = 1
+
+
+def comparison(summary: Summary) -> list[tuple[str, list[Cell]]]:
+    """Rows of the table dense | controls | ours. Latencies come right below the MACs, also where none was measured."""
+    columns = networks(summary)
+    dense = columns[0]
+    rest = columns[1:]
+    rows = [
+        (BEFORE, [Cell(text.percent(dense.top1), span=2), *(_accuracy(n.before, dense.top1) for n in rest)]),
+        (AFTER, [_accuracy(n.after, dense.top1) for n in rest]),
+        ("top-5", [Cell(text.percent(dense.top5)), *(_accuracy(n.top5, dense.top5) for n in rest)]),
+        ("loss", [Cell(text.MISSING if n.loss is None else f"{n.loss:.3f}") for n in columns]),
+        ("parameters", [_cost(n, n.params, dense.params, text.count(n.params)) for n in columns]),
+        ("MACs of one row", [_cost(n, n.macs, dense.macs, text.count(n.macs)) for n in columns]),
+    ]
+    sizes = batch_sizes(summary)
+    for size in sizes:
+        times = [(n, n.latency_ms.get(size)) for n in columns]
+        reference = dense.latency_ms.get(size)
+        rows.append((f"latency, batch {size}", [_cost(n, ms, reference, text.milliseconds(ms)) for n, ms in times]))
+    return rows if sizes else [*rows, ("latency", [Cell(text.MISSING, text.NOT_MEASURED) for _ in columns])]
+
+
+def _accuracy(value: float | None, dense: float | None) -> Cell:
+    return Cell(text.percent(value), text.points(value, dense))
+
+
+def _cost(network: Network, value: float | None, dense: float | None, shown: str) -> Cell:
+    return Cell(shown, "" if network.kind == "dense" else text.share(value, dense))
+
+
+def _speed_batch(summary: Summary) -> str | None:
+    """The largest batch at which both the dense and the pruned network were timed."""
+    dense, ours = summary["dense"]["latency_ms"], summary["pruned"]["latency_ms"]
+    both = [size for size in batch_sizes(summary) if dense.get(size) and ours.get(size)]
+    return both[-1] if both else None
+
+
+def _macs_scale(columns: Sequence[Network]) -> tuple[list[float | None], str]:
+    largest = max((n.macs or 0 for n in columns), default=0)
+    size, unit = next(((s, u) for s, u in ((1e12, "T"), (1e9, "G"), (1e6, "M")) if largest >= s), (1e3, "k"))
+    return [None if n.macs is None else n.macs / size for n in columns], unit
+
+
+# --- the other sections ---------------------------------------------------------------------------------------------
+
+
+def training_curves(summary: Summary) -> list[tuple[str, Markup, str]]:
+    """(title, plot, caption) of each figure that was recorded while training."""
+    found = []
+    for title, training in (("Recovery", summary["recover"]), ("Training before pruning", summary["train"])):
+        history = training["history"]
+        told = (
+            f"{text.whole(training['epochs'])} epochs",
+            text.duration(training["seconds"]),
+            text.rate(training["rows_per_s"]),
+        )
+        caption = [part for part in told if not part.startswith(text.MISSING)]
+        unknown = sum(1 for record in history if record["loss"] is None)
+        if unknown:
+            caption.append(f"{unknown} of {len(history)} records have no finite loss")
+        for key, name, scale in (("loss", "training loss", 1.0), ("top1", "validation top-1, %", 100.0)):
+            plot = plots.curve(history, key, name, scale=scale)
+            if plot and key == "loss":
+                found.append((title, plot, ", ".join(caption)))
+            elif plot:
+                found.append((f"{title}: accuracy", plot, "Measured on the way."))
+    return found
+
+
+def class_extremes(classes: Sequence[ClassAccuracy]) -> list[tuple[str, list[tuple[str, float, float, str]]]]:
+    """Classes that lost and gained most: (title, rows of name, dense, pruned, difference in points)."""
+    measured = plots.measured_classes(classes)
+    ordered = sorted(measured, key=lambda one: (one[2] - one[1], one[0]))
+    ends = (
+        ("Lost most", [one for one in ordered[:NAMED_CLASSES] if one[2] < one[1]]),
+        ("Gained most", [one for one in ordered[: -NAMED_CLASSES - 1 : -1] if one[2] > one[1]]),
+    )
+    return [(title, [(*one, text.points(one[2], one[1])) for one in rows]) for title, rows in ends if rows]
+
+
+def frozen_by_reason(frozen: Sequence[FrozenGroup]) -> list[tuple[str, int, list[FrozenGroup]]]:
+    """Reason, number of channels and groups, in order of first appearance."""
+    by_reason: dict[str, list[FrozenGroup]] = {}
+    for group in frozen:
+        by_reason.setdefault(group["reason"] or "no reason recorded", []).append(group)
+    return [(reason, sum(group["size"] or 0 for group in groups), groups) for reason, groups in by_reason.items()]
+
+
+def hashes(summary: Summary) -> list[tuple[str, str]]:
+    named = {
+        "saliency": summary["saliency"]["sha256"],
+        "plan": summary["plan"]["sha256"],
+        "masks": summary["masks"]["sha256"],
+        "training rows": summary["data"]["train"],
+        "validation rows": summary["data"]["val"],
+    }
+    more = summary.get("fingerprints") or {}
+    return [
+        (name, str(value)) for name, value in {**named, **(more if isinstance(more, dict) else {})}.items() if value
+    ]

@@ -1,15 +1,21 @@
-"""Progress of long stages: bars on a terminal, a plain line now and then where the output is a file, nothing when quiet."""
+"""Progress of long stages: bars on a terminal, a plain line now and then in a file, nothing when quiet."""
 
 from __future__ import annotations
 
+import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from pipeline.report.text import duration, rate
+
+Clock = Callable[[], float]
 
 
 class Bar(Protocol):
@@ -22,72 +28,95 @@ class _Silent:
         del done, fields
 
 
-class _Rate:
+class _Pace:
     """Units per second since the first update: what an earlier run had done does not count."""
 
-    def __init__(self) -> None:
+    def __init__(self, total: int, unit: str, clock: Clock) -> None:
+        self._total, self._unit, self._clock = total, unit, clock
         self._first: tuple[float, int] | None = None
 
-    def of(self, done: int) -> float | None:
-        now = time.monotonic()
+    def words(self, done: int) -> list[str]:
+        """Rate and time left, as far as they are known."""
+        now = self._clock()
         if self._first is None:
             self._first = (now, done)
         started, before = self._first
-        return (done - before) / (now - started) if done > before and now > started else None
+        if done <= before or now <= started:
+            return []
+        per_s = (done - before) / (now - started)
+        left = [f"{duration((self._total - done) / per_s)} left"] if done < self._total else []
+        return [rate(per_s, self._unit), *left]
 
 
 class _Lines:
-    """A line every `interval_s`, and one at the end."""
+    """A line every `interval_s`, and one for the last state."""
 
-    def __init__(self, title: str, total: int, unit: str, stream: TextIO, interval_s: float) -> None:
-        self.title, self.total, self.unit, self.stream, self.interval_s = title, total, unit, stream, interval_s
-        self._rate = _Rate()
-        self._last = time.monotonic()
-        self._shown = -1
+    def __init__(self, title: str, total: int, unit: str, stream: TextIO, interval_s: float, clock: Clock) -> None:
+        self.title, self.total, self.unit, self.stream = title, total, unit, stream
+        self.interval_s, self._clock = interval_s, clock
+        self._pace = _Pace(total, unit, clock)
+        self._last = clock()
+        self._state: tuple[int, list[str]] | None = None
+        self._shown: int | None = None
 
     def update(self, done: int, **fields: float) -> None:
-        rate = self._rate.of(done)
-        now = time.monotonic()
-        if done == self._shown or (now - self._last < self.interval_s and done < self.total):
+        self._state = (done, [*self._pace.words(done), *_named(fields)])
+        if self._clock() - self._last >= self.interval_s or done >= self.total:
+            self.flush()
+
+    def flush(self) -> None:
+        if self._state is None or self._state[0] == self._shown:
             return
-        self._last, self._shown = now, done
-        parts = [f"{self.title}: {done}/{self.total} {self.unit}"]
-        if rate:
-            parts.append(f"{rate:.1f} {self.unit}/s, {(self.total - done) / rate:.0f} s left")
-        parts += [f"{name} {value:.4g}" for name, value in fields.items()]
-        print(", ".join(parts), file=self.stream, flush=True)
+        done, words = self._state
+        self._last, self._shown = self._clock(), done
+        print(", ".join([f"{self.title}: {done:,}/{self.total:,} {self.unit}", *words]), file=self.stream, flush=True)
 
 
 class _Bars:
     def __init__(self, bars: Progress, title: str, total: int, unit: str) -> None:
-        self._bars, self._unit = bars, unit
-        self._task = bars.add_task(title, total=total, rate="", fields="")
-        self._rate = _Rate()
+        self._bars = bars
+        self._task = bars.add_task(escape(title), total=total, words="")
+        self._pace = _Pace(total, unit, time.monotonic)
 
     def update(self, done: int, **fields: float) -> None:
-        rate = self._rate.of(done)
-        shown = " ".join(f"{name} {value:.4g}" for name, value in fields.items())
-        self._bars.update(self._task, completed=done, rate=f"{rate:.0f} {self._unit}/s" if rate else "", fields=shown)
+        self._bars.update(self._task, completed=done, words="  ".join([*self._pace.words(done), *_named(fields)]))
+
+
+def _named(fields: dict[str, float]) -> list[str]:
+    return [f"{name} {value:.4g}" for name, value in fields.items()]
+
+
+def _can_redraw(stream: TextIO) -> bool:
+    return stream.isatty() and os.environ.get("TERM", "dumb") not in {"dumb", "unknown"}
 
 
 @contextmanager
 def progress(
-    title: str, total: int, unit: str = "rows", *, quiet: bool = False, stream: TextIO | None = None, interval_s: float = 10.0
+    title: str,
+    total: int,
+    unit: str = "rows",
+    *,
+    quiet: bool = False,
+    stream: TextIO | None = None,
+    interval_s: float = 10.0,
+    clock: Clock = time.monotonic,
 ) -> Iterator[Bar]:
-    """Show the progress of a stage on `stream` (stderr)."""
+    """Show the progress of a stage on `stream` (stderr); its last state is shown also when the stage ends early."""
     stream = stream or sys.stderr
     if quiet:
         yield _Silent()
-    elif not stream.isatty():
-        yield _Lines(title, total, unit, stream, interval_s)
+    elif not _can_redraw(stream):
+        lines = _Lines(title, total, unit, stream, interval_s, clock)
+        try:
+            yield lines
+        finally:
+            lines.flush()
     else:
         columns = (
             TextColumn("{task.description:>24}"),
-            BarColumn(),
+            BarColumn(bar_width=28),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[fields]}"),
+            TextColumn("{task.fields[words]}", markup=False),
         )
         with Progress(*columns, console=Console(file=stream)) as bars:
             yield _Bars(bars, title, total, unit)

@@ -2,89 +2,81 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
-MISSING = "–"
+from pipeline.report.html import AFTER, BEFORE, comparison, findings
+from pipeline.report.numbers import complete, networks
+from pipeline.report.text import NOT_MEASURED, count, duration
 
+SHORT = {BEFORE: "top-1, cut", AFTER: "top-1, recovered"}
 
-def percent(value: float | None) -> str:
-    return MISSING if value is None else f"{100 * value:.2f} %"
-
-
-def count(value: float | None) -> str:
-    """12,345,678 as 12.35 M."""
-    if value is None:
-        return MISSING
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.2f} {unit}"
-    return f"{value:.0f}"
+# Names come from users' networks and paths: they enter tables as Text, since rich reads brackets in a str as markup.
 
 
-def milliseconds(value: float | None) -> str:
-    return MISSING if value is None else f"{value:.2f} ms"
-
-
-def duration(seconds: float | None) -> str:
-    if seconds is None:
-        return MISSING
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s" if minutes else f"{seconds:.1f} s"
-
-
-def rows_of(summary: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """dense | magnitude | random | ours, with the same keys; what was not measured is None."""
-    dense, ours = summary["dense"], summary["pruned"]
-    rows = [("dense", {"before": dense["top1"], "after": None, **dense})]
-    for name, control in sorted(summary["controls"].items()):
-        rows.append((name, {"before": control["top1_before_recovery"], "after": control["top1"], **control}))
-    label = f"ours ({summary['saliency']['criterion']})"
-    rows.append((label, {"before": ours["top1_before_recovery"], "after": ours["top1"], **ours}))
-    return rows
+def summary_table(summary: Mapping[str, Any]) -> Table:
+    """dense | random | magnitude | ours, one row a figure: it fits 80 columns, and latency stands below the MACs."""
+    full = complete(summary)
+    columns = networks(full)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=Text(full["model"] or "network"), title_justify="left")
+    table.add_column("")
+    for network in columns:
+        style = {"ours": "bold cyan", "control": "yellow"}.get(network.kind, "")
+        table.add_column(
+            Text(network.name), justify="right", style="bold" if network.kind == "ours" else "", header_style=style
+        )
+    for name, cells in comparison(full):
+        shown = [Text.assemble(cell.value, (f" {cell.note}" if cell.note else "", "dim")) for cell in cells]
+        missing = [Text()] * (len(columns) - len(shown))  # the dense network's cell spans two rows of the page
+        table.add_row(Text(SHORT.get(name, name)), *missing, *shown, end_section=name == "loss")
+    return table
 
 
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
-    table = Table(title=f"{summary['model']}: {summary['plan']['budget_text']}")
-    for name in ("network", "top-1", "after recovery", "params", "MACs"):
-        table.add_column(name, justify="left" if name == "network" else "right")
-    batches = list(summary["dense"]["latency_ms"])
-    for batch in batches:
-        table.add_column(f"latency, batch {batch}", justify="right")
-    for name, row in rows_of(summary):
-        latencies = [milliseconds(row["latency_ms"].get(batch)) for batch in batches]
-        style = "bold" if name.startswith("ours") else ""
-        table.add_row(name, percent(row["before"]), percent(row["after"]), count(row["params"]), count(row["macs"]), *latencies, style=style)
-    console.print(table)
+    console.print(summary_table(summary))
+    for sentence in findings(complete(summary)):
+        console.print(Text(sentence), style="dim")
 
 
-def print_status(stages: Mapping[str, Any], console: Console) -> None:
-    """`stages`: records with state, started, finished, artifact."""
-    table = Table(title="stages")
+def status_table(manifest: Any) -> Table:
+    """`manifest`: a Manifest, or its stages: name -> record with state, started, finished, artifact."""
+    stages: Mapping[str, Any] = getattr(manifest, "stages", manifest)
+    table = Table(title="stages", title_justify="left")
     for name in ("stage", "state", "started", "time", "artifact"):
-        table.add_column(name)
-    for name, record in stages.items():
-        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.started))
-        took = record.finished - record.started if record.state == "done" else None
-        table.add_row(name, record.state, started, duration(took), record.artifact)
-    console.print(table)
+        table.add_column(name, justify="right" if name == "time" else "left")
+    for name, record in sorted(stages.items(), key=lambda item: item[1].started or math.inf):
+        done = record.state == "done"
+        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.started)) if record.started else ""
+        took = duration(record.finished - record.started if done else None)
+        state = Text(record.state, style="green" if done else "yellow")
+        table.add_row(Text(name), state, started, took, Text(record.artifact or ""))
+    return table
+
+
+def print_status(stages: Any, console: Console) -> None:
+    console.print(status_table(stages))
 
 
 def print_graph(name: str, graph: Any, costs: Any, console: Console) -> None:
-    table = Table(title=f"{name}: {len(graph.groups)} groups, {count(costs.params)} params, {count(costs.macs)} MACs")
+    """Channel groups of a network and what stays whole. `costs` are counted: the title says that nothing was timed."""
+    figures = f"{count(costs.params)} params, {count(costs.macs)} MACs (latency: {NOT_MEASURED})"
+    table = Table(title=Text(f"{name}: {len(graph.groups)} groups, {figures}"), title_justify="left")
     for column in ("group", "channels", "tensors", "read by"):
-        table.add_column(column)
+        table.add_column(column, justify="right" if column in {"channels", "tensors"} else "left")
     for group in graph.groups:
         readers = ", ".join(site.module for site in group.consumers)
-        table.add_row(group.name, str(group.size), str(len({m.tensor for m in group.members})), readers)
+        table.add_row(Text(group.name), str(group.size), str(len({m.tensor for m in group.members})), Text(readers))
     console.print(table)
-    frozen = Table(title="stays whole")
+    frozen = Table(title="stays whole", title_justify="left")
     for column in ("group", "channels", "operation", "where", "why"):
-        frozen.add_column(column)
+        frozen.add_column(column, justify="right" if column == "channels" else "left")
     for one in graph.frozen:
-        frozen.add_row(one.group, str(one.size), one.operation, one.where, one.reason)
+        frozen.add_row(Text(one.group), str(one.size), Text(one.operation), Text(one.where), Text(one.reason))
     console.print(frozen)

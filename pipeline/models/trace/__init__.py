@@ -1,6 +1,6 @@
-"""Channel groups by label propagation: labels.py (slots, classes), rules.py (one per operation), tracer.py (the run)."""
+"""Channel groups by label propagation: labels (slots, classes), rules (one per operation), tracer (the run), groups."""
 
-from pipeline.models.trace.rules import RULES, Rule, rule
+from pipeline.models.trace.table import RULES, Call, Rule, rule
 from pipeline.models.trace.tracer import propagate
 
-__all__ = ["RULES", "Rule", "propagate", "rule"]
+__all__ = ["RULES", "Call", "Rule", "propagate", "rule"]

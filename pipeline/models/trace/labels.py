@@ -1,113 +1,144 @@
-"""Slots and labels: which parameter entries can only go together.
+"""Slots, the classes that they fall into, and labels: which channel each element of a value belongs to.
 
-A slot is one index of one dimension of a parameter or buffer. A label is an int64 tensor of the shape of a value, whose entries say
-which slot an element belongs to (0 = none); along axes on which it does not vary it has stride 0, so that views of large feature
-maps run on storage of the channels' size. Rules only ever add edges between slots and freeze slots, with a reason; the classes are
-the connected components, found once at the end.
+A slot is one index of one dimension of a parameter or buffer. Slots that can only go together are a class of a
+union-find. A label says for some axes of a value which slot each position belongs to. After every operation a label
+varies along single axes only: what remains of a tensor after a cut must be a tensor again, so a channel axis that a
+view splits in two is tied along the outer part and stays free along the inner one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from scipy.sparse import coo_matrix
-from scipy.sparse.csgraph import connected_components
+from numpy.typing import NDArray
 from torch import Tensor
 
+Ids = NDArray[np.int64]
+"""Slot ids by position along one axis; 0 = a position that stays whatever is cut (padding, constants)."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, slots=True)
 class Reason:
-    """Why slots stay whole."""
+    """Why channels stay whole."""
 
     operation: str
     where: str
     text: str
 
 
+@dataclass(frozen=True, slots=True)
+class Label:
+    """Channels of one value. A value without any Label does not depend on anything that a cut could change."""
+
+    axes: Mapping[int, Ids] = field(default_factory=dict)
+    """axis -> slots [size of that axis]; axes that are not named carry no channels."""
+    note: Reason | None = None
+    """Why there are no channels along the other axes, where an operation has lost them."""
+    source: str | None = None
+    """The parameter or buffer that the value is, perhaps moved about or scaled, with all its elements."""
+
+
 class Slots:
-    """Slots by (tensor, dim), the edges between them, and what is frozen."""
+    """All slots, their classes, the roles of dimensions and the reasons for which slots stay."""
 
     def __init__(self) -> None:
-        self._base: dict[tuple[str, int], int] = {}
-        self._sizes: dict[tuple[str, int], int] = {}
-        self.roles: dict[tuple[str, int], str] = {}
+        self._parent: Ids = np.arange(1024)
         self._next = 1  # slot 0 is "no channel"
-        self._edges: list[tuple[np.ndarray, np.ndarray]] = []
-        self._frozen: list[tuple[np.ndarray, Reason]] = []
+        self._bases: list[int] = []
+        self.dimensions: list[tuple[str, int]] = []
+        """(tensor, dim) in the order of first use; the order of slot ids."""
+        self.roles: dict[tuple[str, int], str] = {}
+        """What contractions do with a dimension, in the order in which they ran."""
+        self._first: dict[tuple[str, int], Ids] = {}
+        self._frozen: list[tuple[Ids, Reason]] = []
 
-    def of(self, tensor: str, dim: int, size: int, role: str) -> Tensor:
-        """Slots of a dimension, int64 [size]; made on first use."""
+    def of(self, tensor: str, dim: int, size: int) -> Ids:
+        """Slots of a dimension, made on first use."""
         key = (tensor, dim)
-        if key not in self._base:
-            self._base[key], self._sizes[key], self.roles[key] = self._next, size, role
+        if key not in self._first:
+            self._first[key] = np.arange(self._next, self._next + size)
+            self._bases.append(self._next)
             self._next += size
-        assert self._sizes[key] == size
-        return torch.arange(self._base[key], self._base[key] + size)
+            if self._next > len(self._parent):
+                self._parent = np.concatenate([self._parent, np.arange(len(self._parent), 2 * self._next)])
+            self.dimensions.append(key)
+        return self._first[key]
 
-    def unite(self, a: Tensor, b: Tensor) -> None:
-        """a[i] and b[i] go together. Where one is 0 there is nothing to say."""
-        left, right = a.reshape(-1).numpy(), b.reshape(-1).numpy()
-        both = (left > 0) & (right > 0) & (left != right)
-        if both.any():
-            pairs = np.unique(np.stack([left[both], right[both]]), axis=1)
-            self._edges.append((pairs[0], pairs[1]))
+    def owner(self, ids: Ids) -> tuple[str, int] | None:
+        """The dimension that the first real slot of `ids` stands for."""
+        real = ids[ids > 0]
+        return self.dimensions[bisect_right(self._bases, int(real[0])) - 1] if len(real) else None
 
-    def freeze(self, slots: Tensor, reason: Reason) -> None:
-        ids = np.unique(slots.reshape(-1).numpy())
-        ids = ids[ids > 0]
-        if ids.size:
-            self._frozen.append((ids, reason))
+    def set_role(self, ids: Ids, role: str) -> None:
+        """ "out" wins over "in" where a tied weight is both."""
+        key = self.owner(ids)
+        if key is not None and (role == "out" or key not in self.roles):
+            self.roles[key] = role
 
-    def classes(self) -> tuple[np.ndarray, dict[int, Reason]]:
-        """Class of every slot, int [slots + 1], and the first reason of every frozen class."""
-        edges = np.concatenate([np.stack(pair) for pair in self._edges], axis=1) if self._edges else np.zeros((2, 0), int)
-        graph = coo_matrix((np.ones(edges.shape[1], dtype=np.int8), (edges[0], edges[1])), shape=(self._next, self._next))
-        _, class_of = connected_components(graph, directed=False)
-        frozen: dict[int, Reason] = {}
+    def find(self, ids: Ids) -> Ids:
+        """The class of each slot: its smallest member."""
+        while True:
+            up = self._parent[ids]
+            root = self._parent[up]
+            if np.array_equal(up, root):
+                return up
+            self._parent[ids] = root
+            ids = root
+
+    def unite(self, a: Ids, b: Ids) -> None:
+        """a[i] and b[i] go together; pairs with a 0 say nothing."""
+        real = (a > 0) & (b > 0)
+        a, b = a[real], b[real]
+        while True:
+            a, b = self.find(a), self.find(b)
+            differ = a != b
+            if not differ.any():
+                return
+            a, b = a[differ], b[differ]
+            # The smallest root wins, so that the result does not depend on the order of the pairs.
+            np.minimum.at(self._parent, np.maximum(a, b), np.minimum(a, b))
+
+    def freeze(self, ids: Ids, reason: Reason) -> None:
+        real = ids[ids > 0]
+        if len(real):
+            self._frozen.append((np.unique(real), reason))
+
+    def all_frozen(self, ids: Ids) -> bool:
+        """Do all of `ids` belong to classes that stay?"""
+        frozen = np.concatenate([slots for slots, _ in self._frozen]) if self._frozen else np.zeros(0, dtype=np.int64)
+        real = ids[ids > 0]
+        return bool(np.isin(self.find(real), self.find(frozen)).all())
+
+    def reasons(self) -> dict[int, Reason]:
+        """Class -> the first reason for which it stays."""
+        found: dict[int, Reason] = {}
         for ids, reason in self._frozen:
-            for one in np.unique(class_of[ids]).tolist():
-                frozen.setdefault(one, reason)
-        return class_of, frozen
+            for one in np.unique(self.find(ids)).tolist():
+                found.setdefault(one, reason)
+        return found
 
-    def dimensions(self) -> Iterable[tuple[str, int, int, int]]:
-        """(tensor, dim, first slot, size), in the order of first use."""
-        return [(tensor, dim, self._base[tensor, dim], self._sizes[tensor, dim]) for tensor, dim in self._base]
-
-
-# --- labels ------------------------------------------------------------------------------------------------------------
+    def classes(self) -> Iterator[tuple[tuple[str, int], Ids]]:
+        """(tensor, dim) and the class of each of its slots, in the order of first use."""
+        for key in self.dimensions:
+            yield key, self.find(self._first[key])
 
 
-def compress(label: Tensor) -> Tensor:
-    """The same label with stride 0 along each axis on which it does not vary."""
-    for axis, (size, stride) in enumerate(zip(label.shape, label.stride(), strict=True)):
-        if size > 1 and stride != 0:
-            first = label.narrow(axis, 0, 1)
-            if bool((label == first).all()):
-                label = first.expand(label.shape)
-    return label
-
-
-def varying(label: Tensor) -> list[int]:
-    """Axes along which a compressed label varies."""
-    return [axis for axis, (size, stride) in enumerate(zip(label.shape, label.stride(), strict=True)) if size > 1 and stride != 0]
-
-
-def along(slots: Tensor, shape: Iterable[int], axis: int) -> Tensor:
-    """A label of `shape` that is `slots` along `axis`."""
-    shape = list(shape)
+def spread(ids: Ids, shape: Sequence[int], axis: int) -> Tensor:
+    """int64 tensor of `shape` that is `ids` along `axis`; stride 0 elsewhere, so that it takes no memory."""
     view = [1] * len(shape)
-    view[axis] = len(slots)
-    return slots.view(view).expand(shape)
+    view[axis] = len(ids)
+    return torch.from_numpy(ids).view(view).expand(list(shape))
 
 
-def vector(label: Tensor, axis: int) -> Tensor | None:
-    """The slots along `axis`, or None where the label varies along another axis."""
-    if any(other != axis % label.dim() for other in varying(label)):
-        return None
-    for other in range(label.dim() - 1, -1, -1):
-        if other != axis % label.dim():
-            label = label.select(other, 0)
-    return label
+def core(plane: Tensor) -> Tensor:
+    """The plane narrowed to size 1 along each axis on which it does not vary."""
+    small = plane
+    for axis, (size, stride) in enumerate(zip(plane.shape, plane.stride(), strict=True)):
+        first = small.narrow(axis, 0, 1)
+        if size > 1 and (stride == 0 or bool((small == first).all())):
+            small = first
+    return small

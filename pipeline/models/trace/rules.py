@@ -1,324 +1,343 @@
-"""What each ATen operation does to labels. A rule is a function registered under the operation's name, with its kind as data.
-
-An operation without a rule is a barrier: the labels that reach it are frozen, with the operation, the module and the line as the
-reason. It is never taken for elementwise. `rule` is the hook for operations of one's own:
-
-    @rule("mylib::scale_channels", kind="join")
-    def _(trace, call): trace.join(call)
-"""
+"""Rules for elementwise operations, data movement and windows over space, and for what cannot be followed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
-import torch
+import numpy as np
 from torch import Tensor
 
-from pipeline.models.trace.labels import along, compress, varying, vector
+from pipeline.models.trace.labels import Ids, Label, core
+from pipeline.models.trace.table import Call, rule
 
 if TYPE_CHECKING:
     from pipeline.models.trace.tracer import Trace
 
-
-@dataclass
-class Call:
-    """One operation as it ran."""
-
-    func: Any
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    out: Any
-
-    def arg(self, index: int, name: str, default: Any = None) -> Any:
-        return self.args[index] if index < len(self.args) else self.kwargs.get(name, default)
-
-    @property
-    def outputs(self) -> list[Tensor]:
-        items = self.out if isinstance(self.out, tuple | list) else (self.out,)
-        return [item for item in items if isinstance(item, Tensor)]
+# --- join: labels that meet in one element ----------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Rule:
-    apply: Callable[[Trace, Call], None]
-    kind: str
-    """join, move, window, reduce, contract, norm, tie, or silent; for the table in the documentation."""
-
-
-RULES: dict[str, Rule] = {}
-"""ATen name without overload -> rule. Operations tagged pointwise by torch need no entry: they join."""
-
-
-def rule(*names: str, kind: str) -> Callable[[Callable[[Trace, Call], None]], Callable[[Trace, Call], None]]:
-    def register(apply: Callable[[Trace, Call], None]) -> Callable[[Trace, Call], None]:
-        RULES.update({name: Rule(apply, kind) for name in names})
-        return apply
-
-    return register
-
-
-# --- join: pointwise operations -----------------------------------------------------------------------------------------
-
-
-@rule("aten::copy_", "aten::where", "aten::lerp", "aten::addcmul", "aten::hardswish", "aten::_prelu_kernel", "aten::native_dropout",
-    "aten::dropout", kind="join")
+@rule("aten::hardswish", "aten::_prelu_kernel", "aten::rrelu", kind="join")
 def join(trace: Trace, call: Call) -> None:
-    """Labels that meet in one element go together; an unlabelled operand of full size freezes what it meets."""
-    tensors = [value for value in (*call.args, *call.kwargs.values()) if isinstance(value, Tensor)]
-    shape = torch.broadcast_shapes(*(t.shape for t in tensors))
-    labels = [(t, trace.label(t)) for t in tensors]
-    known = [label.expand(shape) for _, label in labels if label is not None]
-    if not known:
-        return
-    first = known[0]
-    for other in known[1:]:
-        trace.unite_elements(first, other)
-    joined = _merged(known)
-    for tensor, label in labels:
-        padded = (1,) * (len(shape) - tensor.dim()) + tuple(tensor.shape)
-        for axis in varying(joined):
-            if padded[axis] > 1 and (label is None or axis not in varying(label.expand(shape))):
-                trace.freeze(joined, call, "an operand has values of its own for each channel, and where they come from is not known")
-                return
-    trace.put(call.outputs[0], joined)
+    """Pointwise operations, among them those that torch forgot to tag."""
+    label = trace.join(call, call.tensors)
+    for out in call.outputs:
+        trace.put(out, label)
 
 
-def _merged(labels: list[Tensor]) -> Tensor:
-    """One label for the result: the first that is known for each element."""
-    result = labels[0]
-    for label in labels[1:]:
-        if varying(label) != varying(result) or bool((result == 0).any()):
-            narrow = [slice(0, 1) if not ({axis} & {*varying(label), *varying(result)}) else slice(None) for axis in range(result.dim())]
-            small, other = result[tuple(narrow)], label[tuple(narrow)]
-            result = compress(torch.where(small > 0, small, other)).expand(result.shape)
-    return result
-
-
-# --- move: the operation runs on the labels themselves ------------------------------------------------------------------
+@rule("aten::zeros_like", "aten::ones_like", "aten::empty_like", "aten::full_like", kind="join")
+def like(trace: Trace, call: Call) -> None:
+    """A fresh tensor that follows the shape of another loses channels when that one does."""
+    label = trace.label(call.tensors[0])
+    trace.put(call.outputs[0], label and Label(label.axes, label.note))
 
 
 @rule(
-    "aten::permute", "aten::transpose", "aten::t", "aten::unsqueeze", "aten::squeeze", "aten::expand", "aten::alias", "aten::detach",
-    "aten::flip", "aten::movedim",
+    "aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty", "aten::new_empty_strided",
+    kind="join",
+)  # fmt: skip
+def fresh(trace: Trace, call: Call) -> None:
+    """A fresh tensor of a stated shape depends on no value: it has no label."""
+    del trace, call
+
+
+@rule("aten::fill", "aten::zero", kind="join")
+def fill(trace: Trace, call: Call) -> None:
+    trace.put(call.outputs[0], trace.label(call.tensors[0]))
+
+
+@rule("aten::copy", kind="join")
+def copy(trace: Trace, call: Call) -> None:
+    """Writing a whole tensor is a join; writing into a part of one is not followed."""
+    target = call.tensors[0]
+    if target._is_view():
+        barrier(trace, call, "values are written into a part of a tensor")
+    elif trace.label(target) is None:
+        trace.put(call.outputs[0], trace.join(call, call.tensors[1:], shape=target.shape))
+    else:
+        join(trace, call)
+
+
+# --- move: the operation runs on the labels themselves ----------------------------------------------------------------
+
+
+@rule(
+    "aten::clone", "aten::_to_copy", "aten::contiguous", "aten::lift_fresh", "aten::detach", "aten::alias",
+    kind="move",
+)  # fmt: skip
+def same(trace: Trace, call: Call) -> None:
+    trace.put(call.outputs[0], trace.label(call.tensors[0]))
+
+
+@rule(
+    "aten::permute", "aten::transpose", "aten::t", "aten::numpy_T", "aten::unsqueeze", "aten::squeeze", "aten::expand",
+    "aten::flip", "aten::movedim", "aten::repeat",
     kind="move",
 )  # fmt: skip
 def move(trace: Trace, call: Call) -> None:
-    label = trace.label(call.args[0])
-    if label is not None:
-        trace.put(call.outputs[0], call.func(label, *call.args[1:], **call.kwargs))
+    trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
 
 
-@rule("aten::clone", "aten::_to_copy", "aten::contiguous", "aten::to", "aten::lift_fresh", kind="move")
-def same(trace: Trace, call: Call) -> None:
-    trace.put(call.outputs[0], trace.label(call.args[0]))
-
-
-@rule("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::flatten", "aten::unflatten", kind="move")
+@rule("aten::view", "aten::_unsafe_view", "aten::reshape", "aten::_reshape_alias", kind="move")
 def reshape(trace: Trace, call: Call) -> None:
-    """Axes may merge (flatten before a classifier); an axis of channels that is split in two is frozen."""
-    label = trace.label(call.args[0])
-    if label is None:
-        return
-    moved = compress(label.reshape(call.outputs[0].shape))
-    if len(varying(moved)) > 1:
-        trace.freeze(label, call, "the channel axis is split into several axes")
+    """Axes may merge (flatten before a classifier) and split: then the same offset goes in each of the outer parts."""
+    trace.move(call, lambda plane: plane.reshape(call.outputs[0].shape))
+
+
+@rule("aten::as_strided", kind="move")
+def as_strided(trace: Trace, call: Call) -> None:
+    """Adaptive pooling of channels_last values corrects strides with it; other uses are not followed."""
+    if list(call["size"]) == list(call.tensors[0].shape) and call.func._schema.is_mutable:
+        trace.put(call.outputs[0], trace.label(call.tensors[0]))
     else:
-        trace.put(call.outputs[0], moved)
+        barrier(trace, call, "as_strided addresses memory, not channels")
 
 
 @rule("aten::cat", kind="move")
 def cat(trace: Trace, call: Call) -> None:
-    tensors, dim = call.args[0], call.arg(1, "dim", 0)
-    out = call.outputs[0]
-    dim %= out.dim()
-    parts = [torch.zeros(1, dtype=torch.int64).expand(t.shape) if trace.label(t) is None else trace.label(t) for t in tensors]
-    if all(trace.label(t) is None for t in tensors):
+    out, parts = call.outputs[0], [part for part in call["tensors"] if part.numel()]
+    dim = call["dim"] % out.dim()
+    labels = [trace.label(part) for part in parts]
+    if all(label is None for label in labels):
         return
-    free = [axis for axis in range(out.dim()) if axis != dim and not any(axis in varying(part) for part in parts)]
-    small = torch.cat([part[tuple(slice(0, 1) if a in free else slice(None) for a in range(out.dim()))] for part in parts], dim)
-    label = compress(small).expand([n if a in free else small.shape[a] for a, n in enumerate(out.shape)])
-    if len(varying(label)) > 1:
-        trace.freeze(label, call, "tensors are joined along another axis than their channels")
-    else:
-        trace.put(out, label)
+    joined = trace.join(call, parts, shape=out.shape, skip=dim) or Label()
+    known = [label.axes.get(dim) if label else None for label in labels]
+    axes = dict(joined.axes)
+    if any(ids is not None for ids in known):
+        sizes = [part.shape[dim] for part in parts]
+        axes[dim] = np.concatenate([zeros(n) if ids is None else ids for ids, n in zip(known, sizes, strict=True)])
+    trace.put(out, Label(axes, joined.note))
 
 
-@rule("aten::slice", "aten::select", "aten::split", "aten::split_with_sizes", "aten::chunk", "aten::unbind", "aten::narrow", kind="move")
-def part(trace: Trace, call: Call) -> None:
-    """Taking parts along an unlabelled axis; along the channels positions are literal, so all of them stay."""
-    label = trace.label(call.args[0])
-    if label is None:
-        return
-    name = call.func.overloadpacket.__name__
-    dim = call.arg(1, "dim", 0) if name in {"slice", "select", "unbind", "narrow"} else call.arg(2, "dim", 0)
-    dim %= label.dim()
-    results = call.func(label, *call.args[1:], **call.kwargs)
-    results = results if isinstance(results, tuple | list) else [results]
-    whole = name == "slice" and results[0].shape == label.shape
-    if dim in varying(label) and not whole:
-        trace.freeze(label, call, "channels are taken by their position")
-        return
-    for out, moved in zip(call.outputs, results, strict=True):
-        trace.put(out, moved)
+@rule("aten::stack", kind="move")
+def stack(trace: Trace, call: Call) -> None:
+    dim = call["dim"] % call.outputs[0].dim()
+    joined = trace.join(call, call["tensors"])
+    trace.put(call.outputs[0], joined and replace(joined, axes={a + (a >= dim): ids for a, ids in joined.axes.items()}))
 
 
-@rule("aten::constant_pad_nd", "aten::pad", "aten::reflection_pad2d", "aten::replication_pad2d", kind="move")
+@rule("aten::constant_pad_nd", kind="move")
 def pad(trace: Trace, call: Call) -> None:
-    label = trace.label(call.args[0])
+    """Padding along channels makes positions that stay; so do the channels of others that meet them."""
+    label = trace.label(call["self"])
     if label is None:
         return
-    out = call.outputs[0]
-    if any(label.shape[axis] != out.shape[axis] for axis in varying(label)):
-        trace.freeze(label, call, "zeros are added to the channel axis")
-    else:
-        trace.put(out, _respread(label, out.shape))
+    axes = dict(label.axes)
+    for i, (before, after) in enumerate(zip(call["pad"][::2], call["pad"][1::2], strict=True)):
+        axis = call["self"].dim() - 1 - i
+        if axis not in axes or before == after == 0:
+            continue
+        if before < 0 or after < 0:
+            trace.freeze(axes.pop(axis), call, "channels are cropped by their position")
+        else:
+            axes[axis] = np.concatenate([zeros(before), axes[axis], zeros(after)])
+    trace.put(call.outputs[0], Label(axes, label.note))
 
 
-# --- windows and reductions over space ----------------------------------------------------------------------------------
+@rule("aten::slice", "aten::select", "aten::unbind", "aten::split_with_sizes", kind="move")
+def part(trace: Trace, call: Call) -> None:
+    """Parts along an axis without channels; along the channels positions are literal, so all of them stay."""
+    label = trace.label(call["self"])
+    if label is None:
+        return
+    dim = call["dim"] % call["self"].dim()
+    if dim in label.axes and call.outputs[0].shape != call["self"].shape:
+        trace.freeze(label.axes[dim], call, "channels are taken by their position, which is a number in the code")
+    trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
+
+
+@rule("aten::split", kind="tie")
+def split(trace: Trace, call: Call) -> None:
+    """`chunk` follows the size of its input, so the same offset goes in each part; `split` states sizes in the code."""
+    label = trace.label(call["self"])
+    ids = None if label is None else label.axes.get(call["dim"] % call["self"].dim())
+    if ids is None or trace.python_name != "chunk" or len(ids) % len(call.outputs):
+        part(trace, call)
+        return
+    rows = ids.reshape(len(call.outputs), -1)
+    for row in rows[1:]:
+        trace.unite(rows[0], row, call)
+    trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
+
+
+@rule("aten::glu", kind="tie")
+def glu(trace: Trace, call: Call) -> None:
+    label = trace.label(call["self"])
+    if label is None:
+        return
+    dim, axes = call["dim"] % call["self"].dim(), dict(label.axes)
+    if dim in axes:
+        value, gate = np.split(axes[dim], 2)
+        trace.unite(value, gate, call)
+        axes[dim] = value
+    trace.put(call.outputs[0], Label(axes, label.note))
+
+
+@rule("aten::channel_shuffle", "aten::native_channel_shuffle", kind="tie")
+def channel_shuffle(trace: Trace, call: Call) -> None:
+    shape, groups = call.outputs[0].shape, call["groups"]
+
+    def run(plane: Tensor) -> Tensor:
+        split_up = plane.reshape(shape[0], groups, -1, *shape[2:])
+        return tied(trace, call, split_up).transpose(1, 2).reshape(shape)
+
+    trace.move(call, run)
+
+
+@rule("aten::pixel_shuffle", kind="tie")
+def pixel_shuffle(trace: Trace, call: Call) -> None:
+    """A channel of the result owns the r * r channels that it is woven from."""
+    label = trace.label(call["self"])
+    if label is None:
+        return
+    axis, r = call["self"].dim() - 3, call["upscale_factor"]
+    axes = without_space(trace, call, label, 2)
+    if axis in axes:
+        block = axes[axis].reshape(-1, r * r)
+        for column in block.T[1:]:
+            trace.unite(block[:, 0], column, call)
+        axes[axis] = block[:, 0].copy()
+    trace.put(call.outputs[0], Label(axes, label.note))
+
+
+@rule("aten::roll", "aten::cumsum", "aten::cumprod", "aten::sort", "aten::topk", "aten::unfold", kind="barrier")
+def along_one_axis(trace: Trace, call: Call) -> None:
+    """Nothing happens to channels unless they lie on the axis that the operation works along."""
+    over_axis(trace, call, "works along the channels by their position")
+
+
+# --- windows over space -----------------------------------------------------------------------------------------------
 
 
 @rule(
-    "aten::max_pool2d_with_indices", "aten::max_pool2d", "aten::avg_pool2d", "aten::_adaptive_avg_pool2d", "aten::adaptive_avg_pool2d",
-    "aten::adaptive_max_pool2d", "aten::upsample_nearest2d", "aten::upsample_bilinear2d", "aten::upsample_bicubic2d",
-    "aten::_upsample_bilinear2d_aa", "aten::mkldnn_max_pool2d", "aten::max_pool3d_with_indices", "aten::avg_pool3d",
+    "aten::max_pool2d_with_indices", "aten::max_pool2d", "aten::mkldnn_max_pool2d", "aten::avg_pool2d",
+    "aten::_adaptive_avg_pool2d", "aten::adaptive_avg_pool2d", "aten::adaptive_max_pool2d",
+    "aten::upsample_nearest2d", "aten::_upsample_nearest_exact2d", "aten::upsample_bilinear2d",
+    "aten::upsample_bicubic2d", "aten::_upsample_bilinear2d_aa", "aten::_upsample_bicubic2d_aa",
+    "aten::reflection_pad2d", "aten::replication_pad2d",
     kind="window",
 )  # fmt: skip
-def window(trace: Trace, call: Call) -> None:
-    label = trace.label(call.args[0])
-    if label is None:
-        return
-    if any(axis >= 2 for axis in varying(label)):
-        trace.freeze(label, call, "a window slides over the channel axis")
-    else:
-        trace.put(call.outputs[0], _respread(label, call.outputs[0].shape))
-
-
-def _respread(label: Tensor, shape: torch.Size) -> Tensor:
-    """The label of a result whose unlabelled axes have other sizes."""
-    free = [axis for axis in range(label.dim()) if axis not in varying(label)]
-    for axis in free:
-        label = label.narrow(axis, 0, 1)
-    return label.expand(shape)
-
-
-@rule("aten::mean", "aten::sum", "aten::amax", "aten::amin", kind="reduce")
-def reduce(trace: Trace, call: Call) -> None:
-    label = trace.label(call.args[0])
-    if label is None:
-        return
-    dims = call.arg(1, "dim") if call.func._overloadname in {"dim", "dim_IntList", "default"} else None
-    dims = [dims] if isinstance(dims, int) else dims
-    axes = {d % label.dim() for d in dims} if dims else set(range(label.dim()))
-    if axes & set(varying(label)):
-        trace.freeze(label, call, "a statistic is taken over the channels")
-        return
-    keepdim = bool(call.arg(2, "keepdim", False))
-    for axis in sorted(axes, reverse=True):
-        label = label.narrow(axis, 0, 1) if keepdim else label.select(axis, 0)
-    trace.put(call.outputs[0], label)
-
-
-# --- norms --------------------------------------------------------------------------------------------------------------
+def window2d(trace: Trace, call: Call) -> None:
+    window(trace, call, 2)
 
 
 @rule(
-    "aten::native_batch_norm", "aten::_native_batch_norm_legit_no_training", "aten::_native_batch_norm_legit", "aten::batch_norm",
-    "aten::cudnn_batch_norm", "aten::_batch_norm_no_update", "aten::_batch_norm_impl_index",
-    kind="norm",
+    "aten::max_pool1d", "aten::avg_pool1d", "aten::adaptive_avg_pool1d", "aten::adaptive_max_pool1d",
+    "aten::upsample_nearest1d", "aten::upsample_linear1d", "aten::reflection_pad1d", "aten::replication_pad1d",
+    kind="window",
 )  # fmt: skip
-def batch_norm(trace: Trace, call: Call) -> None:
-    """Scale, shift and statistics of a channel go with it."""
-    x = call.args[0]
-    owned = [t for t in call.args[1:5] if isinstance(t, Tensor)]
+def window1d(trace: Trace, call: Call) -> None:
+    window(trace, call, 1)
+
+
+@rule(
+    "aten::max_pool3d_with_indices", "aten::avg_pool3d", "aten::_adaptive_avg_pool3d", "aten::adaptive_max_pool3d",
+    "aten::upsample_nearest3d", "aten::upsample_trilinear3d", "aten::replication_pad3d",
+    kind="window",
+)  # fmt: skip
+def window3d(trace: Trace, call: Call) -> None:
+    window(trace, call, 3)
+
+
+def window(trace: Trace, call: Call, num_spatial: int) -> None:
+    """The last `num_spatial` axes are space: labels there are frozen, others pass."""
+    label = trace.label(call.tensors[0])
+    if label is not None:
+        axes = without_space(trace, call, label, num_spatial)
+        for out in call.outputs:
+            trace.put(out, Label(axes, label.note))
+
+
+def without_space(trace: Trace, call: Call, label: Label, num_spatial: int) -> dict[int, Ids]:
+    axes = dict(label.axes)
+    for axis in [axis for axis in axes if axis >= call.tensors[0].dim() - num_spatial]:
+        trace.freeze(axes.pop(axis), call, "a window slides over the channels")
+    return axes
+
+
+# --- what has no channels to follow -----------------------------------------------------------------------------------
+
+
+def barrier(trace: Trace, call: Call, text: str = "there is no rule for this operation") -> None:
+    """Freeze every channel that reaches the operation; what comes out remembers why it carries none."""
+    reached = False
+    for tensor in call.tensors:
+        label = trace.label(tensor)
+        if label is not None:
+            reached = True
+            for ids in label.axes.values():
+                trace.freeze(ids, call, text)
+    if reached:
+        note = trace.reason(call, text)
+        for out in call.outputs:
+            trace.put(out, Label(note=note))
+
+
+@rule(
+    "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_attention_math", "aten::_scaled_dot_product_fused_attention_overrideable",
+    kind="barrier",
+)  # fmt: skip
+def attention(trace: Trace, call: Call) -> None:
+    barrier(trace, call, "attention scores mix the channels of a head, and their scale depends on how many there are")
+
+
+@rule(
+    "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero",
+    "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
+    kind="refuse",
+)  # fmt: skip
+def reads_values(trace: Trace, call: Call) -> None:
+    """Python sees a value that a cut may change: what the code would then do was not traced, so nothing may be cut."""
+    if any(trace.label(tensor) is not None for tensor in call.tensors):
+        trace.refuse(call, "the code decides by computed values, and a cut could make it decide otherwise")
+
+
+# --- for rules --------------------------------------------------------------------------------------------------------
+
+
+def over_axis(trace: Trace, call: Call, text: str) -> None:
+    """Operation along the axes `dim` (or `dims`, `dimension`): channels there are frozen, all others pass."""
+    x = call.tensors[0]
     label = trace.label(x)
-    channels = None if label is None else vector(label, 1)
-    for tensor in owned:
-        slots = trace.parameter(tensor, "affine")
-        if slots is None and channels is not None:
-            trace.freeze(channels, call, "a batch norm uses a tensor that is no parameter of the network")
-        elif slots is not None and channels is None:
-            trace.freeze(slots, call, "the norm's input has no channels that are known")
-        elif slots is not None and channels is not None:
-            trace.unite_or_freeze(channels, slots, call)
-    trace.put(call.outputs[0], label)
-
-
-# --- contractions -------------------------------------------------------------------------------------------------------
-
-
-@rule("aten::convolution", "aten::_convolution", "aten::cudnn_convolution", "aten::mkldnn_convolution", kind="contract")
-def convolution(trace: Trace, call: Call) -> None:
-    """New channels from the weight; its input slots tie to the input's. Groups go whole, depthwise being groups of one."""
-    x, weight, bias = call.args[:3]
-    transposed, groups = bool(call.args[6]), int(call.args[8])
-    out = call.outputs[0]
-    name = trace.name_of(weight)
-    if name is None or not trace.is_own_module(name):
-        trace.barrier(call, "the weight of a convolution is computed, or used outside of its module")
+    if label is None:
         return
-    spatial = x if transposed else out
-    trace.contraction(name, spatial.numel() // (spatial.shape[0] * spatial.shape[1]))
-    label = trace.label(x)
-    channels = torch.zeros(x.shape[1], dtype=torch.int64) if label is None else vector(label, 1)
-    if channels is None:
-        trace.barrier(call, "the convolution's input varies along another axis than its channels")
-        return
-    in_dim, out_dim = (0, 1) if transposed else (1, 0)
-    if groups == 1:
-        out_slots = trace.slots.of(name, out_dim, out.shape[1], "out")
-        in_slots = trace.slots.of(name, in_dim, x.shape[1], "in")
-        trace.unite_or_freeze(channels, in_slots, call)
-        trace.consumer(name, 1, channels)
-    elif transposed:
-        trace.barrier(call, "grouped transposed convolutions are not known")
-        return
-    else:
-        out_slots = trace.slots.of(name, out_dim, out.shape[1], "out")
-        by_group = channels.view(groups, -1)
-        outputs = out_slots.view(groups, -1)
-        for inputs in by_group.unbind(1):
-            trace.unite_or_freeze(inputs, outputs[:, 0], call)
-        for others in outputs.unbind(1):
-            trace.slots.unite(outputs[:, 0], others)
-    if bias is not None:
-        trace.tie_bias(bias, out_slots, call)
-    trace.put(out, along(out_slots, out.shape, 1))
+    given = next((call[name] for name in ("dim", "dims", "dimension") if call.get(name) is not None), None)
+    dims = range(x.dim()) if given is None or given == [] else [given] if isinstance(given, int) else given
+    for dim in dims:
+        if x.dim() and dim % x.dim() in label.axes:
+            trace.freeze(label.axes[dim % x.dim()], call, text)
+    for out in call.outputs:
+        fits = {axis: ids for axis, ids in label.axes.items() if axis < out.dim() and out.shape[axis] == len(ids)}
+        trace.put(out, Label(fits, label.note))
 
 
-@rule("aten::addmm", "aten::mm", "aten::linear", kind="contract")
-def linear(trace: Trace, call: Call) -> None:
-    """x @ weight.T (+ bias)."""
-    name_of_op = call.func.overloadpacket.__name__
-    if name_of_op == "linear":
-        x, weight, bias = call.args[0], call.args[1], call.arg(2, "bias")
-        name = trace.name_of(weight)
-    else:
-        bias, x, weight = call.args[:3] if name_of_op == "addmm" else (None, *call.args[:2])
-        name = trace.name_of_transposed(weight)
-    out = call.outputs[0]
-    if name is None or not trace.is_own_module(name):
-        trace.barrier(call, "the weight of a matrix product is computed, or used outside of its module")
-        return
-    trace.contraction(name, x.numel() // (trace.batch * x.shape[-1]))
-    label = trace.label(x)
-    channels = torch.zeros(x.shape[-1], dtype=torch.int64) if label is None else vector(label, -1)
-    if channels is None:
-        trace.barrier(call, "the matrix product's input varies along another axis than its features")
-        return
-    out_slots = trace.slots.of(name, 0, out.shape[-1], "out")
-    trace.unite_or_freeze(channels, trace.slots.of(name, 1, x.shape[-1], "in"), call)
-    trace.consumer(name, -1, channels)
-    if bias is not None:
-        trace.tie_bias(bias, out_slots, call)
-    trace.put(out, along(out_slots, out.shape, out.dim() - 1))
+def tied(trace: Trace, call: Call, plane: Tensor) -> Tensor:
+    """The plane after tying it along all axes but the last on which it varies."""
+    small = core(plane)
+    outer = [axis for axis, size in enumerate(small.shape) if size > 1][:-1]
+    if not outer:
+        return small.expand(plane.shape)
+    first = small
+    for axis in outer:
+        first = first.narrow(axis, 0, 1)
+    trace.unite(flat(first.expand(small.shape)), flat(small), call)
+    return first.expand(plane.shape)
 
 
-# --- operations that make or ask nothing about channels -------------------------------------------------------------------
+def flat(plane: Tensor) -> Ids:
+    return np.ascontiguousarray(plane.reshape(-1).numpy())
 
 
-@rule("aten::sym_size", "aten::size", "aten::is_contiguous", "aten::_assert_async", "aten::profiler", kind="silent")
-def silent(trace: Trace, call: Call) -> None:
-    """Asks about a shape, not about values."""
-    del trace, call
+def zeros(size: int) -> Ids:
+    return np.zeros(size, dtype=np.int64)
+
+
+def merge(planes: Sequence[Ids]) -> Ids:
+    """The first slot that is known for each position."""
+    result = planes[0]
+    for other in planes[1:]:
+        result = np.where(result > 0, result, other)
+    return result

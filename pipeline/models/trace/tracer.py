@@ -1,187 +1,273 @@
-"""One forward of the eager model under a dispatch mode, carrying labels beside the values; then classes become groups."""
+"""One forward pass of the eager network, with labels carried beside the values.
+
+Source of the idea: dependency graphs as in Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023; but the
+couplings are found by moving labels through the operations that really run, not by matching kinds of layers.
+"""
 
 from __future__ import annotations
 
 import sys
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.weak import WeakIdKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from pipeline.models.graph import Contraction, Frozen, Graph, Group, Member, Site
-from pipeline.models.trace.labels import Reason, Slots, compress, varying
-from pipeline.models.trace.rules import RULES, Call, join
+from pipeline.models.graph import Graph
+from pipeline.models.trace import contractions, statistics
+from pipeline.models.trace.groups import graph_of
+from pipeline.models.trace.labels import Ids, Label, Reason, Slots, core, spread
+from pipeline.models.trace.rules import barrier, join, merge, tied
+from pipeline.models.trace.table import RULES, Call, tensors_in
 
-OWNERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Linear)
-"""Modules whose first input carries the channels that their weight reads."""
+assert contractions, statistics  # importing them fills RULES
+
+INPUT = Reason("network input", "network input", "these channels are given by the network's input")
+OUTPUT = Reason("network output", "network output", "these channels are the network's output")
+CONSTANTS = "the channels meet values of full size that carry no channels of their own"
+
+
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """A module that is running, and the label of its first positional input."""
+
+    path: str
+    module: nn.Module
+    label: Label | None
+    num_axes: int
 
 
 class Trace:
-    """What the rules see and write: labels of values, slots of parameters, contractions, consumers."""
+    """What rules see and write."""
 
-    def __init__(self, model: nn.Module, batch: int) -> None:
+    def __init__(self, model: nn.Module) -> None:
         self.slots = Slots()
-        self.batch = batch
-        self.modules = dict(model.named_modules())
-        self.positions: dict[str, int] = defaultdict(int)
-        self.consumers: list[tuple[str, int, Tensor]] = []
-        self.stack: list[str] = [""]
-        self._names = {id(t): name for name, t in [*model.named_buffers(), *model.named_parameters()]}
-        self._transposed: dict[int, tuple[Tensor, str]] = {}
-        self._labels: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self.macs: dict[str, int] = {}
+        """Weight -> multiply-accumulates of the whole batch."""
+        self.sites: dict[tuple[str, int], Ids] = {}
+        """(module, axis) -> slots along that axis of the module's first input; in running order."""
+        self.refused: Reason | None = None
+        self.stack = [Frame("", model, None, 0)]
+        self.python_name = ""
+        """The torch function that Python called and that the operation is a part of."""
+        self._labels: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._own = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+        self._names = {id(tensor): name for name, tensor in reversed(self._own.items())}
 
-    # values -------------------------------------------------------------------------------------------------------------
+    # --- labels of values ---------------------------------------------------------------------------------------------
 
-    def label(self, value: Any) -> Tensor | None:
-        """The label of a value; a parameter or buffer with one axis larger than 1 has its own slots along it."""
-        if not isinstance(value, Tensor):
-            return None
-        stored = self._labels.get(value)
+    def label(self, tensor: Tensor) -> Label | None:
+        """Of a value; a parameter or buffer has its own slots along each axis longer than 1."""
+        stored: Label | None = self._labels.get(tensor)
         if stored is not None:
             return stored
-        name = self.name_of(value)
-        if name is None:
+        name = self._names.get(id(tensor))
+        if name is None or tensor.numel() <= 1:
             return None
-        axes = [axis for axis, size in enumerate(value.shape) if size > 1]
-        if len(axes) != 1:
-            return None
-        slots = self.slots.of(name, axes[0], value.shape[axes[0]], "affine")
-        view = [1] * value.dim()
-        view[axes[0]] = -1
-        return slots.view(view).expand(value.shape)
+        axes = {dim: self.slots.of(name, dim, size) for dim, size in enumerate(tensor.shape) if size > 1}
+        label = Label(axes, source=name)
+        self._labels[tensor] = label
+        return label
 
-    def put(self, value: Tensor, label: Tensor | None) -> None:
+    def put(self, tensor: Tensor, label: Label | None) -> None:
+        """Note the label of a result."""
         if label is not None:
-            assert label.shape == value.shape
-            self._labels[value] = label
+            assert all(tensor.shape[axis] == len(ids) for axis, ids in label.axes.items())
+            self._labels[tensor] = label
 
-    # parameters ---------------------------------------------------------------------------------------------------------
+    def join(
+        self, call: Call, tensors: Sequence[Tensor], *, shape: torch.Size | None = None, skip: int | None = None
+    ) -> Label | None:
+        """Label of an elementwise combination, broadcast to `shape`; None if no operand has a label.
 
-    def name_of(self, tensor: Any) -> str | None:
-        return self._names.get(id(tensor))
+        Labels along the same axis are united. An operand that is as long as the labels but has none freezes them.
+        """
+        labels = [label for label in map(self.label, tensors) if label is not None]
+        if not labels:
+            return None
+        shape = torch.broadcast_shapes(*(tensor.shape for tensor in tensors)) if shape is None else shape
+        axes = {}
+        for axis in range(len(shape)):
+            places = [(t, axis - len(shape) + t.dim()) for t in tensors if axis - len(shape) + t.dim() >= 0]
+            ids = self.join_along(call, places) if axis != skip else None
+            if ids is not None:
+                axes[axis] = ids
+        note = next((label.note for label in labels if label.note), None)
+        source = None
+        if all(label.source for label in labels):  # made of parameters alone
+            whole = [label.source for t, label in ((t, self.label(t)) for t in tensors) if label and t.shape == shape]
+            source = whole[0] if len(set(whole)) == 1 else None
+        return Label(axes, note, source)
 
-    def name_of_transposed(self, tensor: Tensor) -> str | None:
-        entry = self._transposed.get(id(tensor))
-        return entry[1] if entry else None
+    def join_along(self, call: Call, places: Sequence[tuple[Tensor, int]]) -> Ids | None:
+        """Unite the labels of (tensor, axis); None, and frozen, if a tensor has none there. Size 1 joins nothing."""
+        known: list[Ids] = []
+        blind: list[Label | None] = []
+        for tensor, axis in places:
+            if tensor.shape[axis] == 1:
+                continue
+            label = self.label(tensor)
+            ids = label.axes.get(axis) if label else None
+            if ids is None:
+                blind.append(label)
+            else:
+                known.append(ids)
+        if not known:
+            return None
+        for other in known[1:]:
+            self.unite(known[0], other, call)
+        if blind:
+            for ids in known:
+                self.freeze_as(ids, next((label.note for label in blind if label), None), call, CONSTANTS)
+            return None
+        return merge(known)
 
-    def note_transpose(self, source: Any, result: Tensor) -> None:
-        name = self.name_of(source)
-        if name is not None:
-            self._transposed[id(result)] = (result, name)  # kept alive, so that its id stays its own
+    def move(self, call: Call, run: Callable[[Tensor], Any]) -> None:
+        """Run a data movement on each axis of the first tensor's label, as a tensor of slots of the tensor's shape."""
+        x = call.tensors[0]
+        label = self.label(x)
+        if label is None:
+            return
+        results: list[dict[int, Ids]] = [{} for _ in call.outputs]
+        for axis, ids in label.axes.items():
+            for axes, plane in zip(results, tensors_in(run(spread(ids, x.shape, axis))), strict=True):
+                small = core(tied(self, call, plane))
+                for new_axis, size in enumerate(small.shape):
+                    if size > 1:
+                        moved = np.ascontiguousarray(small.reshape(-1).numpy())
+                        axes[new_axis] = self._one_of(axes.get(new_axis), moved, call)
+        for out, axes in zip(call.outputs, results, strict=True):
+            self.put(out, Label(axes, label.note, label.source if out.numel() == x.numel() else None))
 
-    def parameter(self, tensor: Tensor, role: str) -> Tensor | None:
-        name = self.name_of(tensor)
-        return None if name is None else self.slots.of(name, 0, tensor.shape[0], role)
+    def _one_of(self, first: Ids | None, second: Ids, call: Call) -> Ids:
+        """Two kinds of channels merge into one axis: one of them has to stay; if neither does already, both do."""
+        if first is None or self.slots.all_frozen(first):
+            return second
+        if not self.slots.all_frozen(second):
+            for ids in (first, second):
+                self.freeze(ids, call, "two kinds of channels are merged into one axis")
+        return first
 
-    def is_own_module(self, weight: str) -> bool:
-        """Is the weight used by the module that owns it, so that the module's input is what the weight reads?"""
-        owner = weight.rpartition(".")[0]
-        return self.stack[-1] == owner and isinstance(self.modules[owner], OWNERS)
+    # --- what rules conclude ------------------------------------------------------------------------------------------
 
-    def tie_bias(self, bias: Tensor, out_slots: Tensor, call: Call) -> None:
-        slots = self.parameter(bias, "affine")
-        if slots is None:
-            self.freeze(out_slots, call, "the bias is computed")
+    def unite(self, a: Ids, b: Ids, call: Call) -> None:
+        """a[i] and b[i] go together; what meets a position that stays, stays."""
+        self.slots.unite(a, b)
+        for ids, other in ((a, b), (b, a)):
+            alone = ids[(ids > 0) & (other == 0)]
+            if len(alone):
+                self.freeze(alone, call, "the channels meet padding or constants, which stay")
+
+    def freeze(self, ids: Ids, call: Call, text: str) -> None:
+        self.slots.freeze(ids, self.reason(call, text))
+
+    def freeze_as(self, ids: Ids, note: Reason | None, call: Call, text: str) -> None:
+        """Freeze for the reason that an operand carries, or else for one of this operation."""
+        if ids.any():
+            self.slots.freeze(ids, note or self.reason(call, text))
+
+    def refuse(self, call: Call, text: str) -> None:
+        """Nothing may be cut at all."""
+        self.refused = self.refused or self.reason(call, text)
+
+    def consume(self, call: Call, weight: str, ids: Ids, axis: int) -> None:
+        """The channels `ids` end at a weight of the running module, whose first input carries them."""
+        frame = self.stack[-1]
+        matrices = [p for p in frame.module._parameters.values() if p is not None and p.dim() > 1]
+        if len(matrices) != 1 or matrices[0] is not self._own[weight] or next(frame.module.children(), None):
+            self.freeze(ids, call, f"{weight} is used outside of a layer of its own")
+            return
+        there = frame.label.axes.get(axis % frame.num_axes) if frame.label else None
+        if there is None or not np.array_equal(self._classes(there), self._classes(ids)):
+            self.freeze(ids, call, "the first input of the layer does not carry the channels that its weight reads")
+            return
+        before = self.sites.setdefault((frame.path, axis), there)
+        if len(before) == len(there):
+            self.unite(before, there, call)
         else:
-            self.slots.unite(slots, out_slots)
+            self.freeze(np.concatenate([before, there]), call, "the layer is called with inputs of other layouts")
 
-    def contraction(self, weight: str, positions: int) -> None:
-        self.positions[weight] += positions
+    def _classes(self, ids: Ids) -> Ids:
+        return np.unique(self.slots.find(ids))
 
-    def consumer(self, weight: str, axis: int, channels: Tensor) -> None:
-        self.consumers.append((weight.rpartition(".")[0], axis, channels.clone()))
-
-    # what rules conclude ------------------------------------------------------------------------------------------------
-
-    def unite_elements(self, a: Tensor, b: Tensor) -> None:
-        """Unite two labels of one shape, element by element, on storage of the channels' size."""
-        axes = {*varying(a), *varying(b)}
-        index = tuple(slice(None) if axis in axes else slice(0, 1) for axis in range(a.dim()))
-        self.slots.unite(a[index].clone(), b[index].clone())
-
-    def unite_or_freeze(self, channels: Tensor, slots: Tensor, call: Call) -> None:
-        """Tie slots to the channels they read; what reads no known channel stays, like the image's colours."""
-        self.slots.unite(channels, slots)
-        unknown = slots[channels == 0]
-        if len(unknown):
-            self.freeze(unknown, call, "reads the network's input, or values whose channels are not known")
-
-    def join(self, call: Call) -> None:
-        join(self, call)
-
-    def freeze(self, label: Tensor, call: Call, text: str) -> None:
-        axes = varying(compress(label))
-        index = tuple(slice(None) if axis in axes else slice(0, 1) for axis in range(label.dim()))
-        self.slots.freeze(label[index].clone(), Reason(str(call.func.overloadpacket), self._where(), text))
-
-    def barrier(self, call: Call, text: str) -> None:
-        """Freeze everything that reaches the operation: values with labels, and every dimension of its parameters."""
-        for value in _tensors((call.args, call.kwargs)):
-            label = self._labels.get(value)
-            if label is not None:
-                self.freeze(label, call, text)
-            name = self.name_of(value) or self.name_of_transposed(value)
-            if name is not None:
-                shape = value.shape if self.name_of(value) else tuple(reversed(value.shape))
-                for dim, size in enumerate(shape):
-                    self.freeze(self.slots.of(name, dim, size, "affine"), call, text)
+    def reason(self, call: Call, text: str) -> Reason:
+        return Reason(call.name, self._where(), text)
 
     def _where(self) -> str:
-        frame: Any = sys._getframe(2)
-        here, torch_dir = str(Path(__file__).parent), str(Path(torch.__file__).parent)
-        while frame is not None:
-            path = frame.f_code.co_filename
-            if not path.startswith((here, torch_dir)) and "/pipeline/models/" not in path:
-                return f"{self.stack[-1] or 'the network'} ({'/'.join(Path(path).parts[-3:])}:{frame.f_lineno})"
+        """ "module path (file.py:line)": the innermost line outside torch and this package."""
+        path = self.stack[-1].path or "the network"
+        skipped = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+        frame: Any = sys._getframe(1)
+        while frame is not None and frame.f_code.co_filename.startswith(skipped):
             frame = frame.f_back
-        return self.stack[-1] or "the network"
+        return f"{path} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})" if frame is not None else path
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, dict):
-        yield from _tensors(list(value.values()))
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
+# --- the run ----------------------------------------------------------------------------------------------------------
 
 
-class _Mode(TorchDispatchMode):
+class _Operations(TorchDispatchMode):
     def __init__(self, trace: Trace) -> None:
         super().__init__()
         self.trace = trace
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         out = func(*args, **(kwargs or {}))
         call = Call(func, args, kwargs or {}, out)
-        name = func._schema.name
-        name = name if name in RULES else name.removesuffix("_")  # in place: the same rule
-        if name in {"aten::t", "aten::transpose"} and self.trace.name_of(args[0]):
-            self.trace.note_transpose(args[0], out)
-        elif name in RULES:
-            RULES[name].apply(self.trace, call)
-        elif torch.Tag.pointwise in func.tags:
+        if call.name not in RULES:
+            call.name = call.name.removesuffix("_")  # in place: the rule of the other
+        rule = RULES.get(call.name)
+        if rule is not None:
+            rule.apply(self.trace, call)
+        elif torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
             join(self.trace, call)
-        elif any(True for _ in _tensors((args, kwargs))):
-            self.trace.barrier(call, "there is no rule for this operation")
+        else:
+            barrier(self.trace, call)
         return out
+
+
+class _PythonNames(TorchFunctionMode):
+    """Remembers which torch function was called: ATen does not tell `chunk` from `split`."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.trace.python_name = getattr(func, "__name__", "")
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
 def _module_stack(model: nn.Module, trace: Trace) -> Iterator[None]:
-    """Keep the path of the module that runs."""
+    """Inside, the trace knows which module runs."""
+
+    def enter(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
+            label = trace.label(first) if first is not None else None
+            trace.stack.append(Frame(path, module, label, first.dim() if first is not None else 0))
+
+        return hook
+
+    def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+        trace.stack.pop()
+
     handles = []
-    for name, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(lambda m, a, name=name: trace.stack.append(name)))
-        handles.append(module.register_forward_hook(lambda m, a, o: trace.stack.pop() and None, always_call=True))
+    for path, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(enter(path)))
+        handles.append(module.register_forward_hook(leave))
     try:
         yield
     finally:
@@ -189,94 +275,49 @@ def _module_stack(model: nn.Module, trace: Trace) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Inside, the network is in eval mode; afterwards it is as before, buffers and random numbers included."""
+    training = [(module, module.training) for module in model.modules()]
+    buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
+    model.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        for module, mode in training:
+            module.training = mode
+        for buffer, version, content in buffers:
+            if buffer._version != version:
+                buffer.copy_(content)
+
+
 @torch.no_grad()
 def propagate(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Graph:
-    """Channel groups of `model` by label propagation. The model stays as it is.
+    """Channel groups of `model` by label propagation alone; `pruning.trials.trace` tries them out as well.
+
+    Args:
+        model: any eager network; it is run once in eval mode and left as it was.
+        example_inputs: a batch it accepts, float [N, C, H, W] for images; N = 1 is enough. Its size decides the MACs.
+
+    Returns:
+        Groups of what is understood. All other channels are frozen, with operation, place and reason.
 
     Raises:
         ValueError: the network does not run on `example_inputs`.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    training = {name: module.training for name, module in model.named_modules()}
-    trace = Trace(model, inputs[0].shape[0])
-    model.eval()
-    try:
-        with _module_stack(model, trace), _Mode(trace):
-            output = model(*inputs)
-            for value in _tensors(list(output.values()) if isinstance(output, dict) else output):
-                label = trace.label(value)
-                if label is not None:
-                    reason = Reason("output", "the network", "these channels are the network's output")
-                    trace.slots.freeze(label.clone(), reason)
-    except RuntimeError as error:
-        raise ValueError(f"the network does not run on an input of {tuple(inputs[0].shape)}: {error}") from error
-    finally:
-        for name, module in model.named_modules():
-            module.training = training[name]
-    return _graph(model, trace, tuple(inputs[0].shape))
-
-
-# --- classes become groups ----------------------------------------------------------------------------------------------
-
-
-def _graph(model: nn.Module, trace: Trace, input_shape: tuple[int, ...]) -> Graph:
-    class_of, reasons = trace.slots.classes()
-    entries: dict[int, dict[tuple[str, int], list[int]]] = defaultdict(lambda: defaultdict(list))
-    for tensor, dim, first, size in trace.slots.dimensions():
-        for index, one in enumerate(class_of[first : first + size].tolist()):
-            entries[one][tensor, dim].append(index)
-    by_signature: dict[tuple[Any, ...], list[int]] = defaultdict(list)
-    for one, members in entries.items():
-        by_signature[tuple((key, len(indices)) for key, indices in members.items())].append(one)
-    groups, frozen, names = [], [], set()
-    for signature, classes in by_signature.items():
-        name = _name([key for key, _ in signature], trace, names)
-        stuck = [one for one in classes if one in reasons]
-        free = [one for one in classes if one not in reasons]
-        if stuck:
-            reason = reasons[stuck[0]]
-            frozen.append(Frozen(name, len(stuck), reason.operation, reason.where, reason.text))
-        group = _group(name, free, entries, trace, class_of) if free else None
-        if group is not None and not group.consumers:
-            frozen.append(Frozen(name, len(free), "none", name, "no convolution or linear layer reads these channels"))
-        elif group is not None:
-            groups.append(group)
-    shapes = {name: tuple(t.shape) for name, t in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]}
-    return Graph(
-        groups=tuple(groups),
-        frozen=tuple(frozen),
-        contractions=tuple(Contraction(tensor, positions) for tensor, positions in trace.positions.items()),
-        shapes=shapes,
-        parameters=tuple(name for name, _ in model.named_parameters()),
-        input_shape=input_shape,
-    )
-
-
-def _name(keys: list[tuple[str, int]], trace: Trace, taken: set[str]) -> str:
-    """Module of the first producer; a group without one is named for its first reader."""
-    producers = [tensor for tensor, dim in keys if trace.slots.roles[tensor, dim] == "out"]
-    name = producers[0].rpartition(".")[0] if producers else f"{keys[0][0].rpartition('.')[0]}.input"
-    unique, number = name, 2
-    while unique in taken:
-        unique, number = f"{name}#{number}", number + 1
-    taken.add(unique)
-    return unique
-
-
-def _group(name: str, classes: list[int], entries: Any, trace: Trace, class_of: np.ndarray) -> Group:
-    members = tuple(
-        Member(tensor, dim, torch.tensor([entries[one][tensor, dim] for one in classes]), trace.slots.roles[tensor, dim])
-        for tensor, dim in entries[classes[0]]
-    )
-    rank = {one: c for c, one in enumerate(classes)}
-    sites: dict[tuple[str, int], dict[int, list[int]]] = {}
-    for module, axis, channels in trace.consumers:
-        read = class_of[channels.numpy()]
-        positions: dict[int, list[int]] = defaultdict(list)
-        for position, (slot, one) in enumerate(zip(channels.tolist(), read.tolist(), strict=True)):
-            if slot and one in rank:
-                positions[one].append(position)
-        if positions:
-            sites[module, axis] = positions
-    consumers = tuple(Site(module, axis, torch.tensor([p[one] for one in classes])) for (module, axis), p in sites.items())
-    return Group(name, len(classes), members, consumers)
+    trace = Trace(model)
+    for tensor in inputs:
+        trace.put(tensor, Label(note=INPUT))
+    with _untouched(model):
+        try:
+            with _module_stack(model, trace), _PythonNames(trace), _Operations(trace):
+                output = model(*inputs)
+        except RuntimeError as error:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
+            raise ValueError(f"the network does not run on inputs of shape {shapes}: {error}") from error
+    for tensor in tensors_in(output):
+        for ids in (trace.label(tensor) or Label()).axes.values():
+            trace.slots.freeze(ids, OUTPUT)
+    return graph_of(model, trace.slots, trace.sites, trace.macs, trace.refused, tuple(inputs[0].shape))

@@ -1,0 +1,170 @@
+"""Rules for contractions: the weight's output entries make new channels, its input entries go with those they read.
+
+# O, I = output and input channels of a weight, G = groups of a convolution
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pipeline.models.trace.labels import Ids, Label
+from pipeline.models.trace.rules import merge
+from pipeline.models.trace.table import Call, rule
+
+if TYPE_CHECKING:
+    from pipeline.models.trace.tracer import Trace
+
+NOT_A_CHANNEL = "it reads values along an axis that carries no known channels"
+
+
+@rule(
+    "aten::convolution", "aten::_convolution", "aten::cudnn_convolution", "aten::mkldnn_convolution",
+    "aten::miopen_convolution", "aten::slow_conv3d",
+    kind="contract",
+)  # fmt: skip
+def convolution(trace: Trace, call: Call) -> None:
+    """Groups of a grouped convolution go whole; in a depthwise one that is single channels, whatever its multiplier."""
+    x, weight = call.tensors[:2]
+    transposed, groups = bool(call.get("transposed", False)), call.get("groups", 1)
+    out = call.outputs[0]
+    _multiplied(trace, call, weight, _conv_macs(x, weight, out, transposed))
+    label, weights = trace.label(x), trace.label(weight)
+    axes = {0: label.axes[0]} if label and 0 in label.axes else {}
+    for axis, ids in label.axes.items() if label else ():
+        if axis >= 2 or x.dim() != weight.dim():
+            trace.freeze(ids, call, "a window slides over the channels")
+    made = weights.axes.get(1 if transposed else 0) if weights else None
+    if groups > 1:
+        made = _by_groups(trace, call, x, weight, made, groups, transposed)
+    else:
+        _ends(trace, call, x, 1, weight, 0 if transposed else 1)
+    axes |= _made(trace, call, weight, made, call.get("bias"), 1)
+    if label or weights:
+        trace.put(out, Label(axes, weights.note if weights else None))
+
+
+def _conv_macs(x: Tensor, weight: Tensor, out: Tensor, transposed: bool) -> int:
+    """One product for each weight entry and output position; of a transposed convolution, input position."""
+    at = x if transposed else out
+    return weight.numel() * (at.numel() // at.shape[1])
+
+
+def _by_groups(
+    trace: Trace, call: Call, x: Tensor, weight: Tensor, made: Ids | None, groups: int, transposed: bool
+) -> Ids | None:
+    """Tie all that belongs to one convolution group; its channels pass through, so the weight does not consume them."""
+    label, weights = trace.label(x), trace.label(weight)
+    read = label.axes.get(1) if label else None
+    if transposed or weights is None or weights.source is None:
+        why = "grouped transposed convolutions are not followed" if transposed else "the weight is computed"
+        for ids in (read, *(weights.axes.values() if weights else ())):
+            if ids is not None:
+                trace.freeze(ids, call, why)
+        return None
+    if made is None or read is None:
+        for ids in (made, read):
+            if ids is not None:
+                trace.freeze_as(ids, label.note if label else None, call, NOT_A_CHANNEL)
+        return made
+    written_GO, read_GI = made.reshape(groups, -1), read.reshape(groups, -1)
+    first = written_GO[:, 0]
+    for column in (*written_GO.T[1:], *read_GI.T):
+        trace.unite(first, column, call)
+    return made
+
+
+@rule("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", kind="contract")
+def matrix_product(trace: Trace, call: Call) -> None:
+    """a [..., M, K] times b [..., K, N]; whichever of them is a parameter is the weight."""
+    name = call.name.removeprefix("aten::")
+    if name == "linear":
+        a, b, bias, b_in, b_out = call["input"], call["weight"], call["bias"], 1, 0
+    else:
+        a, b = (call["mat1"], call["mat2"]) if name == "addmm" else (call["self"], call["mat2"])
+        bias, b_in, b_out = (call["self"] if name == "addmm" else None), b.dim() - 2, b.dim() - 1
+    out, a_in = call.outputs[0], a.dim() - 1
+    left, right = trace.label(a), trace.label(b)
+    if left is None and right is None:
+        return
+    weight_is_left = right is None or (right.source is None and left is not None and left.source is not None)
+    macs = out.numel() * a.shape[-1]
+    _multiplied(trace, call, a if weight_is_left else b, macs)
+    if weight_is_left:
+        _ends(trace, call, b, b_in, a, a_in)
+    else:
+        _ends(trace, call, a, a_in, b, b_in)
+    axes = {axis: ids for axis, ids in left.axes.items() if axis != a_in} if left else {}
+    if name == "bmm":
+        batch = trace.join_along(call, [(a, 0), (b, 0)])
+        axes |= {0: batch} if batch is not None else {}
+    made = right.axes.get(b_out) if right else None
+    if weight_is_left:
+        axes |= _made(
+            trace, call, a, axes.get(a_in - 1), bias if bias is not None and bias.dim() > 1 else None, a_in - 1
+        )
+        axes |= {out.dim() - 1: made} if made is not None else {}
+    else:
+        axes |= _made(trace, call, b, made, bias, out.dim() - 1)
+    computed = [label.note for label in (left, right) if label and label.source is None]
+    trace.put(out, Label(axes, next((note for note in computed if note), None)))
+
+
+@rule("aten::embedding", kind="contract")
+def embedding(trace: Trace, call: Call) -> None:
+    """Looked up, not multiplied: the table's columns are new channels, its rows are words, not channels."""
+    out, table = call.outputs[0], trace.label(call["weight"])
+    if table is not None:
+        axes = _made(trace, call, call["weight"], table.axes.get(1), None, out.dim() - 1)
+        trace.put(out, Label(axes, table.note))
+
+
+# --- the two sides of a weight ----------------------------------------------------------------------------------------
+
+
+def _ends(trace: Trace, call: Call, x: Tensor, x_axis: int, weight: Tensor, weight_axis: int) -> None:
+    """The channels of x end here: tie them to the weight's input entries and note the consumer."""
+    label, weights = trace.label(x), trace.label(weight)
+    read = label.axes.get(x_axis) if label else None
+    own = weights.axes.get(weight_axis) if weights else None
+    if own is not None:
+        trace.slots.set_role(own, "in")
+    if weights is None or weights.source is None or own is None:
+        if read is not None:
+            why = "the channels are multiplied with computed values, not with a weight of the network"
+            trace.freeze_as(read, weights.note if weights else None, call, why)
+        if own is not None:
+            trace.freeze(own, call, "the weight is computed from other values")
+    elif read is None:
+        trace.freeze_as(own, label.note if label else None, call, NOT_A_CHANNEL)
+    else:
+        trace.freeze_as(own[read == 0], label.note if label else None, call, NOT_A_CHANNEL)
+        trace.unite(read, own, call)
+        trace.consume(call, weights.source, read, 1 if "convolution" in call.name else -1)
+
+
+def _made(trace: Trace, call: Call, weight: Tensor, made: Ids | None, bias: Tensor | None, axis: int) -> dict[int, Ids]:
+    """Label of the new channels along `axis` of the result, with their bias."""
+    weights = trace.label(weight)
+    if made is not None and weights is not None and weights.source is not None:
+        trace.slots.set_role(made, "out")
+    if bias is None:
+        return {} if made is None else {axis: made}
+    known = trace.label(bias)
+    own = known.axes.get(bias.dim() - 1) if known else None
+    if bias.shape[-1] == 1:  # one output, or one bias for all of them
+        return {} if made is None else {axis: made}
+    if made is None or own is None:
+        for ids in (made, own):
+            if ids is not None:
+                trace.freeze(ids, call, "the bias or the weight is computed from other values")
+        return {}
+    trace.unite(made, own, call)
+    return {axis: merge([made, own])}
+
+
+def _multiplied(trace: Trace, call: Call, weight: Tensor, macs: int) -> None:
+    label = trace.label(weight)
+    if label is not None and label.source is not None:
+        trace.macs[label.source] = trace.macs.get(label.source, 0) + macs

@@ -1,0 +1,165 @@
+"""From classes of slots to a Graph: classes over the same dimensions are the channels of one group.
+
+# C = channels of a group, K = entries of one channel along one dimension
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+
+from pipeline.models.graph import Contraction, Frozen, Graph, Group, Member, Site
+from pipeline.models.trace.labels import Ids, Reason, Slots
+
+Dimension = tuple[str, int]
+NO_READER = "no convolution or linear layer reads these channels"
+NO_WRITER = "no convolution or linear layer writes these channels"
+
+
+@dataclass(frozen=True, slots=True)
+class _Set:
+    """Classes that own equally many entries of the same dimensions, in the order of their channels."""
+
+    dimensions: tuple[Dimension, ...]
+    leading: Dimension
+    """The first that a contraction writes, or else reads; it orders the channels and names them."""
+    classes: list[int]
+    entries: Mapping[int, Mapping[Dimension, list[int]]]
+
+    def index(self, dimension: Dimension, classes: list[int]) -> torch.Tensor:
+        """int64 [C, K]."""
+        return torch.tensor([self.entries[one][dimension] for one in classes], dtype=torch.int64)
+
+
+def graph_of(
+    model: nn.Module,
+    slots: Slots,
+    sites: Mapping[tuple[str, int], Ids],
+    macs: Mapping[str, int],
+    refused: Reason | None,
+    input_shape: tuple[int, ...],
+) -> Graph:
+    """The Graph of a finished trace. `macs` are those of the whole batch of input_shape[0] rows."""
+    reasons = slots.reasons()
+    positions = _positions_by_class(slots, sites)
+    groups: list[Group] = []
+    frozen: list[Frozen] = []
+    taken: dict[str, int] = {}
+    for found in _sets(slots):
+        name = _name(found, slots, taken)
+        stays: dict[Reason, list[int]] = defaultdict(list)
+        free = []
+        for one in found.classes:
+            reason = reasons.get(one, refused)
+            if reason is None:
+                free.append(one)
+            else:
+                stays[reason].append(one)
+        group = _group(name, found, free, slots, positions) if free else None
+        if isinstance(group, Reason):
+            stays[group] += free
+        elif group is not None:
+            groups.append(group)
+        frozen += [Frozen(name, len(c), reason.operation, reason.where, reason.text) for reason, c in stays.items()]
+    frozen += _unused(model, slots)
+    shapes = {name: tuple(t.shape) for name, t in model.named_parameters(remove_duplicate=False)}
+    shapes |= {name: tuple(t.shape) for name, t in model.named_buffers(remove_duplicate=False)}
+    rows = input_shape[0]
+    contractions = [
+        Contraction(weight, -(-count // (int(np.prod(shapes[weight])) * rows))) for weight, count in macs.items()
+    ]
+    return Graph(
+        groups=tuple(groups),
+        frozen=tuple(frozen),
+        contractions=tuple(contractions),
+        shapes=shapes,
+        parameters=tuple(name for name, _ in model.named_parameters()),
+        input_shape=input_shape,
+    )
+
+
+def _sets(slots: Slots) -> list[_Set]:
+    """Sets that a contraction writes or reads, in running order; kernel positions alone are of no interest."""
+    entries: dict[int, dict[Dimension, list[int]]] = defaultdict(lambda: defaultdict(list))
+    for dimension, ids in slots.classes():
+        for index, one in enumerate(ids.tolist()):
+            entries[one][dimension].append(index)
+    by_signature: dict[tuple[tuple[Dimension, int], ...], list[int]] = defaultdict(list)
+    for one, owned in entries.items():
+        by_signature[tuple((dimension, len(indices)) for dimension, indices in owned.items())].append(one)
+    order = {dimension: (slots.roles[dimension] != "out", i) for i, dimension in enumerate(slots.roles)}
+    sets = []
+    for signature, classes in by_signature.items():
+        dimensions = tuple(dimension for dimension, _ in signature)
+        leading = min((d for d in dimensions if d in order), key=order.__getitem__, default=None)
+        if leading is not None:
+            ranked = sorted((entries[one][leading][0], one) for one in classes)
+            sets.append(_Set(dimensions, leading, [one for _, one in ranked], entries))
+    return sorted(sets, key=lambda s: (order[s.leading], entries[s.classes[0]][s.leading][0]))
+
+
+def _name(found: _Set, slots: Slots, taken: dict[str, int]) -> str:
+    """Module of the leading producer; channels that the network only reads are "<module>.input"."""
+    tensor = found.leading[0]
+    name = tensor.rpartition(".")[0] or tensor
+    if slots.roles[found.leading] != "out":
+        name += ".input"
+    taken[name] = taken.get(name, 0) + 1
+    return name if taken[name] == 1 else f"{name}#{taken[name]}"
+
+
+def _positions_by_class(
+    slots: Slots, sites: Mapping[tuple[str, int], Ids]
+) -> dict[tuple[str, int], dict[int, list[int]]]:
+    """Site -> class -> positions along the site's axis."""
+    result: dict[tuple[str, int], dict[int, list[int]]] = {}
+    for site, ids in sites.items():
+        found: dict[int, list[int]] = defaultdict(list)
+        for position, one in enumerate(slots.find(ids).tolist()):
+            if one:
+                found[one].append(position)
+        result[site] = found
+    return result
+
+
+def _group(
+    name: str,
+    found: _Set,
+    classes: list[int],
+    slots: Slots,
+    positions: Mapping[tuple[str, int], Mapping[int, list[int]]],
+) -> Group | Reason:
+    """The group of these classes, or why they are none."""
+    roles = [slots.roles.get(dimension, "affine") for dimension in found.dimensions]
+    consumers = []
+    for (module, axis), by_class in positions.items():
+        if by_class.keys().isdisjoint(classes):
+            continue
+        rows = [by_class.get(one, []) for one in classes]
+        if len({len(row) for row in rows}) > 1:
+            return Reason("layout", module, "the channels do not own equally many entries of the layer's input")
+        consumers.append(Site(module, axis, torch.tensor(rows, dtype=torch.int64)))
+    if "out" not in roles or not consumers:
+        return Reason("no contraction", name, NO_READER if "out" in roles else NO_WRITER)
+    members = [
+        Member(tensor, dim, found.index((tensor, dim), classes), role)
+        for (tensor, dim), role in zip(found.dimensions, roles, strict=True)
+    ]
+    return Group(name, len(classes), tuple(members), tuple(consumers))
+
+
+def _unused(model: nn.Module, slots: Slots) -> list[Frozen]:
+    """Weights that the traced forward never touched: nothing is known about them."""
+    used = {tensor for tensor, _ in slots.dimensions}
+    return [
+        Frozen(
+            name.rpartition(".")[0] or name, parameter.shape[0], "unused", name, "the traced forward does not use it"
+        )
+        for name, parameter in model.named_parameters()
+        if parameter.dim() > 1 and name not in used
+    ]

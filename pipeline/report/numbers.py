@@ -1,0 +1,305 @@
+"""summary.json: every figure of a run under stable keys. What was not measured is null, never 0."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict, cast
+
+
+class Measured(TypedDict):
+    """One network. Accuracies are fractions of the validation rows, MACs those of one row, latency by batch size."""
+
+    top1: float | None
+    top5: float | None
+    loss: float | None
+    agreement: float | None
+    params: int | None
+    macs: int | None
+    latency_ms: dict[str, float | None]
+
+
+class Pruned(Measured):
+    """`top1` and all beside it hold after recovery; without one there is `top1_before_recovery` alone."""
+
+    top1_before_recovery: float | None
+
+
+class Saliency(TypedDict):
+    criterion: str | None
+    rows: int | None
+    units: int | None
+    workers: int | None
+    sha256: str | None
+    seconds: float | None
+    rows_per_s: float | None
+    skipped: int | None
+    commits: int | None
+    lost_workers: int | None
+    resumed_units: int | None
+
+
+class PlannedWidth(TypedDict):
+    name: str
+    size: int
+    kept: int
+
+
+class PlanFigures(TypedDict):
+    sha256: str | None
+    budget: dict[str, float]
+    scope: str | None
+    groups: list[PlannedWidth]
+
+
+class Masks(TypedDict):
+    sha256: str | None
+
+
+class Verified(TypedDict):
+    """Largest difference between the outputs of the cut network and of the masked dense one."""
+
+    max_abs_diff: float | None
+    max_rel_diff: float | None
+    rows: int | None
+
+
+class FrozenGroup(TypedDict):
+    group: str
+    size: int
+    operation: str
+    where: str
+    reason: str
+
+
+class Training(TypedDict):
+    """`history`: records of step, epoch, loss, lr, and top1 where it was measured."""
+
+    epochs: int | None
+    seconds: float | None
+    rows_per_s: float | None
+    history: list[dict[str, Any]]
+
+
+class StageTime(TypedDict):
+    name: str
+    state: str
+    seconds: float | None
+    started: float | None
+    finished: float | None
+
+
+class BadRow(TypedDict):
+    file: str
+    row_group: int | None
+    row: int | None
+    cause: str
+
+
+ClassAccuracy = TypedDict("ClassAccuracy", {"class": int | str, "dense": float | None, "pruned": float | None})
+
+
+class Data(TypedDict):
+    """Fingerprints of the rows."""
+
+    train: str | None
+    val: str | None
+    val_rows: int | None
+
+
+class Summary(TypedDict):
+    model: str | None
+    dense: Measured
+    pruned: Pruned
+    controls: dict[str, Pruned]
+    saliency: Saliency
+    plan: PlanFigures
+    masks: Masks
+    verify: Verified
+    frozen: list[FrozenGroup]
+    train: Training
+    recover: Training
+    stages: list[StageTime]
+    bad_rows: list[BadRow]
+    per_class: list[ClassAccuracy]
+    data: Data
+    environment: dict[str, Any]
+
+
+_MEASURED = ("top1", "top5", "loss", "agreement", "params", "macs")
+_PRUNED = ("top1_before_recovery", *_MEASURED)
+_PASS = ("commits", "lost_workers", "resumed_units")
+_CONTROLS = ("random", "magnitude")
+_SECTIONS: dict[str, tuple[str, ...]] = {
+    "dense": _MEASURED,
+    "pruned": _PRUNED,
+    "saliency": ("criterion", "rows", "units", "workers", "sha256", "seconds", "rows_per_s", "skipped", *_PASS),
+    "plan": ("sha256", "scope"),
+    "masks": ("sha256",),
+    "verify": ("max_abs_diff", "max_rel_diff", "rows"),
+    "train": ("epochs", "seconds", "rows_per_s"),
+    "recover": ("epochs", "seconds", "rows_per_s"),
+    "data": ("train", "val", "val_rows"),
+}
+_RECORDS: dict[str, tuple[str, ...]] = {
+    "plan.groups": ("name", "size", "kept"),
+    "frozen": ("group", "size", "operation", "where", "reason"),
+    "stages": ("name", "state", "seconds", "started", "finished"),
+    "bad_rows": ("file", "row_group", "row", "cause"),
+    "per_class": ("class", "dense", "pruned"),
+    "train.history": ("step", "epoch", "loss", "lr"),
+    "recover.history": ("step", "epoch", "loss", "lr"),
+}
+_ENVIRONMENT = ("command", "python", "device", "cpus")
+_ACCURACIES = {"top1", "top5", "agreement", "top1_before_recovery"}
+_TEXTS = {"criterion", "sha256", "scope"}
+
+
+def complete(given: Mapping[str, Any]) -> Summary:
+    """All keys of summary.json, filled from what is given: a missing or null part becomes nulls and empty lists.
+
+    Keys that are not known here stay. A number that is not finite becomes null, since JSON has none.
+
+    Raises:
+        ValueError: a part of the wrong shape, or an accuracy outside [0, 1]; the message names its key.
+    """
+    result: dict[str, Any] = {"model": None, **_finite(given)}
+    for name, keys in _SECTIONS.items():
+        result[name] = _section(name, result.get(name), keys)
+    for network in (result["dense"], result["pruned"]):
+        network["latency_ms"] = _latency(network.get("latency_ms"))
+    controls = _mapping("controls", result.get("controls"))
+    result["controls"] = {
+        name: _control(f"controls.{name}", controls.get(name)) for name in dict.fromkeys((*_CONTROLS, *controls))
+    }
+    result["plan"]["budget"] = _mapping("plan.budget", result["plan"].get("budget"))
+    result["environment"] = {**dict.fromkeys(_ENVIRONMENT), **_mapping("environment", result.get("environment"))}
+    for path, keys in _RECORDS.items():
+        *parents, last = path.split(".")
+        holder = result[parents[0]] if parents else result
+        holder[last] = _records(path, holder.get(last), keys)
+    for group in result["plan"]["groups"]:
+        kept, size = group["kept"], group["size"]
+        if not isinstance(kept, int) or not isinstance(size, int) or not 0 <= kept <= size:
+            raise ValueError(f"summary: plan.groups has {group!r}; 0 <= kept <= size, in whole channels.")
+    return cast(Summary, result)
+
+
+def to_json(summary: Mapping[str, Any]) -> str:
+    """Sorted and indented, so that two runs can be compared line by line."""
+    return json.dumps(complete(summary), indent=1, sort_keys=True, allow_nan=False, ensure_ascii=False) + "\n"
+
+
+def from_json(text: str) -> Summary:
+    return complete(json.loads(text))
+
+
+# --- the networks of a run side by side -----------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """A column of the comparison. `before`, `after`: top-1 before and after recovery; the dense one has `after`."""
+
+    name: str
+    kind: str
+    """`dense`, `control` or `ours`."""
+    before: float | None
+    after: float | None
+    top5: float | None
+    loss: float | None
+    agreement: float | None
+    params: int | None
+    macs: int | None
+    latency_ms: dict[str, float | None]
+    scope: str | None = None
+
+    @property
+    def top1(self) -> float | None:
+        """Of the network as it was left: after recovery where there was one."""
+        return self.before if self.after is None else self.after
+
+
+def networks(summary: Summary) -> list[Network]:
+    """dense | random | magnitude | other controls | ours. A control of which nothing is known is left out."""
+    criterion = summary["saliency"]["criterion"]
+    found = [_network("dense", "dense", summary["dense"])]
+    found += [
+        _network(name, "control", control)
+        for name, control in summary["controls"].items()
+        if control["params"] is not None or control["top1_before_recovery"] is not None
+    ]
+    return [
+        *found,
+        _network(
+            f"ours ({criterion})" if criterion else "ours",
+            "ours",
+            {"scope": summary["plan"]["scope"], **summary["pruned"]},
+        ),
+    ]
+
+
+def batch_sizes(summary: Summary) -> list[str]:
+    """Batch sizes at which a latency was measured, smallest first."""
+    every = [summary["dense"], summary["pruned"], *summary["controls"].values()]
+    sizes = {size for network in every for size, value in network["latency_ms"].items() if value is not None}
+    return sorted(sizes, key=lambda size: (int(size) if size.isdigit() else math.inf, size))
+
+
+def _network(name: str, kind: str, values: Mapping[str, Any]) -> Network:
+    rest: dict[str, Any] = {key: values.get(key) for key in (*_MEASURED[1:], "latency_ms", "scope")}
+    return Network(name, kind, values.get("top1_before_recovery"), values["top1"], **rest)
+
+
+# --- shapes ---------------------------------------------------------------------------------------------------------
+
+
+def _finite(value: Any) -> Any:
+    """A copy in plain values, without NaN and infinities."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(one) for key, one in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, str | bytes):
+        return [_finite(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _mapping(path: str, value: Any) -> dict[str, Any]:
+    if value is not None and not isinstance(value, dict):
+        raise ValueError(f"summary: {path} is {value!r}; it is a mapping, or null where it was not measured.")
+    return value or {}
+
+
+def _section(path: str, value: Any, keys: Sequence[str]) -> dict[str, Any]:
+    section = {**dict.fromkeys(keys), **_mapping(path, value)}
+    for key in keys:
+        _check(f"{path}.{key}", section[key], text=key in _TEXTS or (path == "data" and key != "val_rows"))
+    return section
+
+
+def _control(path: str, value: Any) -> dict[str, Any]:
+    control = _section(path, value, _PRUNED)
+    return {**control, "latency_ms": _latency(control.get("latency_ms"))}
+
+
+def _latency(value: Any) -> dict[str, float | None]:
+    found = _mapping("latency_ms", value)
+    for size, milliseconds in found.items():
+        _check(f"latency_ms.{size}", milliseconds)
+    return found
+
+
+def _records(path: str, value: Any, keys: Sequence[str]) -> list[dict[str, Any]]:
+    if value is not None and not isinstance(value, list):
+        raise ValueError(f"summary: {path} is {value!r}; it is a list, empty where there is nothing to tell.")
+    return [{**dict.fromkeys(keys), **_mapping(f"{path}[{i}]", record)} for i, record in enumerate(value or [])]
+
+
+def _check(path: str, value: Any, *, text: bool = False) -> None:
+    kind: Any = str if text else int | float
+    if value is not None and (not isinstance(value, kind) or isinstance(value, bool)):
+        wanted = "text" if text else "a number"
+        raise ValueError(f"summary: {path} is {value!r}; it is {wanted}, or null where it was not measured.")
+    if value is not None and path.rsplit(".", 1)[-1] in _ACCURACIES and not 0 <= value <= 1:
+        raise ValueError(f"summary: {path} is {value!r}; accuracies are fractions between 0 and 1, not percent.")
