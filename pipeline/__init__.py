@@ -1,10 +1,10 @@
 """Distributed pruning of large networks. The library for one process; `jobs/` and `python -m pipeline` run it on Ray.
 
-    graph = pipeline.trace(model, example_inputs)
-    saliency = pipeline.score(model, graph, batches, criterion="taylor")
-    plan = pipeline.plan(graph, saliency, pipeline.Budget(macs=0.5))
-    small = pipeline.cut(model, plan)
-    pipeline.save(small, plan, "out/")
+graph = pipeline.trace(model, example_inputs)
+saliency = pipeline.score(model, graph, batches, criterion="taylor")
+plan = pipeline.plan(graph, saliency, pipeline.Budget(macs=0.5))
+small = pipeline.cut(model, plan)
+pipeline.save(small, plan, "out/")
 """
 
 from pipeline.export.artifact import load, save

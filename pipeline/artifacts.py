@@ -194,7 +194,9 @@ class Manifest:
     def __init__(self, run_dir: str) -> None:
         self.path = join(run_dir, "manifest.json")
         stored = read_json(self.path) if exists(self.path) else {}
-        self.stages = {name: StageRecord(**{k: v for k, v in record.items() if k != "seconds"}) for name, record in stored.items()}
+        self.stages = {
+            name: StageRecord(**{k: v for k, v in record.items() if k != "seconds"}) for name, record in stored.items()
+        }
 
     def finished(self, stage: str, inputs: Mapping[str, Any]) -> bool:
         """Is `stage` done from these very inputs? Raises StaleArtifact if it, or a beginning of it, was made from others."""
@@ -221,7 +223,9 @@ class Manifest:
 
     def _put(self, stage: str, record: StageRecord) -> None:
         self.stages[stage] = record
-        content = {name: {**_plain(record), "seconds": round(record.seconds, 3)} for name, record in self.stages.items()}
+        content = {
+            name: {**_plain(record), "seconds": round(record.seconds, 3)} for name, record in self.stages.items()
+        }
         write_json(self.path, content)
 
 

@@ -21,7 +21,9 @@ def check_run(run: Run) -> Iterator[str]:
     found = {"plan": plan.sha256(), "masks": masks_sha256(masks)}
     for name, sha256 in found.items():
         if summary[name]["sha256"] != sha256:
-            raise ValueError(f"{name}: the report says {summary[name]['sha256']}, the file has {sha256}. One of them was changed.")
+            raise ValueError(
+                f"{name}: the report says {summary[name]['sha256']}, the file has {sha256}. One of them was changed."
+            )
         yield f"{name}: sha256 {sha256} as reported"
     if masks_sha256(channel_masks(plan)) != found["masks"]:
         raise ValueError("masks.safetensors does not hold the masks of plan.json. One of them was changed.")
@@ -29,6 +31,9 @@ def check_run(run: Run) -> Iterator[str]:
     dense, images = run.network("dense"), example_images(run, VERIFY_ROWS)
     for name in networks(run):
         difference = verify(cut(dense, run.plan(name)), mask(dense, run.plan(name)), images).require()
-        yield f"cut {name}: equals the masked dense network on {difference.rows} rows (max abs {difference.max_abs:.2g}, relative {difference.max_rel:.2g})"
+        yield (
+            f"cut {name}: equals the masked dense network on {difference.rows} rows "
+            f"(max abs {difference.max_abs:.2g}, relative {difference.max_rel:.2g})"
+        )
     model = artifact.load(run.path("model"))
     yield f"model: {sum(p.numel() for p in model.parameters()):,} parameters, loads without pickle"

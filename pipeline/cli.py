@@ -104,7 +104,9 @@ def _or_exit(work: Callable[[], None]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m pipeline", description="Look at runs, go on with them, check them.")
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline", description="Look at runs, go on with them, check them."
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in (
         ("status", "stages of a run: what is done, how far the current one is"),
@@ -168,4 +170,3 @@ def _trace(options: argparse.Namespace) -> None:
 
 
 COMMANDS = {"status": _status, "resume": _resume, "report": _report, "verify": _verify, "trace": _trace}
-

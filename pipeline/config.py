@@ -175,10 +175,14 @@ class BudgetConfig(Section):
         named = {"params": self.params, "macs": self.macs}
         given = {name: value for name, value in named.items() if value is not None}
         if len(given) > 1:
-            raise ValueError(f"params ({self.params}) and macs ({self.macs}) are both given. Give one of the two; set the other to None.")
+            raise ValueError(
+                f"params ({self.params}) and macs ({self.macs}) are both given. Give one of the two; set the other to None."
+            )
         for name, value in given.items():
             if not 0 < value < 1:
-                raise ValueError(f"{name} ({value}) must lie between 0 and 1: the fraction that remains, for example --budget.{name} 0.5.")
+                raise ValueError(
+                    f"{name} ({value}) must lie between 0 and 1: the fraction that remains, for example --budget.{name} 0.5."
+                )
         return self
 
 
@@ -256,7 +260,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _budget_is_given(self) -> RunConfig:
         if self.budget.params is None and self.budget.macs is None:
-            raise ValueError("budget: give budget.params or budget.macs, the fraction that remains, for example --budget.params 0.5.")
+            raise ValueError(
+                "budget: give budget.params or budget.macs, the fraction that remains, for example --budget.params 0.5."
+            )
         return self
 
     def to_yaml(self) -> str:
@@ -289,7 +295,9 @@ def explain(error: ValidationError) -> str:
         elif item["type"] == "value_error":
             lines.append(f"{field + '.' if field else ''}{item['ctx']['error']}")
         else:
-            lines.append(f"{field} = {item['input']!r}: {item['msg'].lower()}. Correct it in the YAML file or with --{field} VALUE.")
+            lines.append(
+                f"{field} = {item['input']!r}: {item['msg'].lower()}. Correct it in the YAML file or with --{field} VALUE."
+            )
     return "\n".join(lines)
 
 

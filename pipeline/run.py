@@ -127,7 +127,9 @@ class Run:
 
     def _open(self, path: str) -> Source:
         data = self.config.data
-        return open_source(path, image_column=data.image_column, label_column=data.label_column, cache_dir=data.cache_dir)
+        return open_source(
+            path, image_column=data.image_column, label_column=data.label_column, cache_dir=data.cache_dir
+        )
 
     @cached_property
     def input(self) -> Input:
@@ -151,8 +153,9 @@ class Run:
     def _architecture(self) -> nn.Module:
         """The dense network without its weights' story: built once, never given away."""
         model = self.config.model
+        options: dict[str, Any] = dict(model.kwargs)
         torch.manual_seed(self.config.seed)
-        return zoo.build(model.name, num_classes=model.num_classes, class_subset=model.classes, **model.kwargs)
+        return zoo.build(model.name, num_classes=model.num_classes, class_subset=model.classes, **options)
 
     def fresh(self) -> nn.Module:
         return self._architecture
@@ -256,7 +259,12 @@ class Run:
 
 def versions() -> dict[str, str]:
     """Of the libraries whose numbers end up in the sums."""
-    return {"torch": torch.__version__, "torchvision": torchvision.__version__, "timm": timm.__version__, "pillow": PIL.__version__}
+    return {
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "timm": timm.__version__,
+        "pillow": PIL.__version__,
+    }
 
 
 def environment(run: Run) -> dict[str, Any]:
@@ -270,7 +278,9 @@ def environment(run: Run) -> dict[str, Any]:
         "threads_per_worker": run.config.workers.threads,
         **versions(),
         "ray": ray_pool.ray.__version__,
-        "command": run.command,
+        "command": artifacts.read_json(run.path("command.json"))
+        if artifacts.exists(run.path("command.json"))
+        else run.command,
     }
 
 

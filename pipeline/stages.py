@@ -67,6 +67,7 @@ def check_early(run: Run) -> None:
     _ = run.train_rows, run.val_rows, run.num_classes
     if run.dir and not artifacts.exists(run.path("config.yaml")):
         artifacts.write_bytes(run.path("config.yaml"), run.config.to_yaml().encode())
+        artifacts.write_json(run.path("command.json"), run.command)
 
 
 def model_inputs(run: Run) -> dict[str, Any]:
@@ -84,10 +85,9 @@ def dense(run: Run) -> None:
 
     def work() -> None:
         model = run.initial()
+        state = model.state_dict()
         if run.config.train.epochs:
             state = run_training(run, "train", run.config.train, model, teacher=None)
-        else:
-            state = model.state_dict()
         run.save_network("dense", state)
 
     run.stage("dense", inputs, run.path("networks", "dense.safetensors"), work)
@@ -110,7 +110,9 @@ def training_inputs(run: Run, training: TrainingConfig) -> dict[str, Any]:
     }
 
 
-def run_training(run: Run, name: str, training: TrainingConfig, model: nn.Module, teacher: nn.Module | None) -> dict[str, Tensor]:
+def run_training(
+    run: Run, name: str, training: TrainingConfig, model: nn.Module, teacher: nn.Module | None
+) -> dict[str, Tensor]:
     """Train over the workers with Ray Train; goes on from the newest checkpoint in RUN/checkpoints/NAME."""
     run.release_pool()
     config = run.config
@@ -131,12 +133,18 @@ def run_training(run: Run, name: str, training: TrainingConfig, model: nn.Module
     )
     num_workers = min(run.num_workers, training.num_streams)
     make_batches = partial(
-        worker_batches, run.train_rows, order, augmentation, run.num_classes, config.data.on_bad_row, training.loader_processes
+        worker_batches,
+        run.train_rows,
+        order,
+        augmentation,
+        run.num_classes,
+        config.data.on_bad_row,
+        training.loader_processes,
     )
     total = order.steps_per_epoch * training.batch_size * training.epochs
     with progress(name, total=total, unit="rows", quiet=config.quiet) as bar:
 
-        def show(history: list[dict[str, Any]]) -> None:
+        def show(history: Any) -> None:
             if history:
                 bar.update(history[-1]["step"] * training.batch_size, loss=history[-1]["loss"])
 
@@ -185,7 +193,14 @@ def state_sha256(model: nn.Module) -> str:
 
 
 def worker_batches(
-    source: Any, order: TrainingOrder, augmentation: Augmentation, num_classes: int, on_bad_row: str, processes: int, rank: int, size: int
+    source: Any,
+    order: TrainingOrder,
+    augmentation: Augmentation,
+    num_classes: int,
+    on_bad_row: str,
+    processes: int,
+    rank: int,
+    size: int,
 ) -> Callable[[int, int], Any]:
     """What one training worker reads: its share of each step, from any step of any epoch on."""
 
@@ -268,8 +283,11 @@ def plan(run: Run) -> None:
     """RUN/plan.json, RUN/plans/CONTROL.json, RUN/masks.safetensors, RUN/saliency/CRITERION.safetensors."""
     config, graph = run.config, run.graph()
     budget = Budget(params=config.budget.params, macs=config.budget.macs)
-    named = {"ours": config.score.criterion, **{name: name for name in config.controls.criteria}}
-    sums = artifacts.read_json(run.path("saliency", "pass.json"))["sha256"] if criteria.find(named["ours"]).needs else None
+    named: dict[str, str] = {"ours": config.score.criterion}
+    named |= {name: name for name in config.controls.criteria}
+    sums = (
+        artifacts.read_json(run.path("saliency", "pass.json"))["sha256"] if criteria.find(named["ours"]).needs else None
+    )
     inputs = {
         "graph": graph.sha256(),
         "weights": weights_sha256(run, "dense"),
@@ -340,9 +358,12 @@ def example_images(run: Run, num_rows: int) -> Tensor:
 def calibrate(run: Run) -> None:
     """RUN/networks/NAME-calibrated.safetensors: batch-norm statistics of the cut networks, re-estimated on training rows."""
     settings = run.config.calibrate
-    num_rows = min(settings.batches * settings.batch_size, run.train_rows.num_rows // settings.batch_size * settings.batch_size)
+    num_rows = min(
+        settings.batches * settings.batch_size, run.train_rows.num_rows // settings.batch_size * settings.batch_size
+    )
     plans = cut_inputs(run)
     if not num_rows:
+
         def keep() -> None:
             for name in networks(run):
                 run.save_network(f"{name}-calibrated", run.network(f"{name}-cut", plan=name).state_dict())
@@ -399,7 +420,13 @@ def evaluate(run: Run, stage: str, file: str, models: dict[str, tuple[str, str |
         loaded = {name: run.network(weights, plan=plan_name) for name, (weights, plan_name) in models.items()}
         task = Evaluation(loaded, run.num_classes, reference="dense")
         result = run.data_pass(
-            stage, task, run.val_rows, units, micro_batch=settings.batch_size, inputs=inputs, title=f"evaluate {file} recovery"
+            stage,
+            task,
+            run.val_rows,
+            units,
+            micro_batch=settings.batch_size,
+            inputs=inputs,
+            title=f"evaluate {file} recovery",
         )
         metrics = {name: asdict(value) for name, value in summarise(result.values).items()}
         content = {"models": metrics, "rows": result.rows, "seconds": result.seconds, "bad_rows": result.bad_rows}
@@ -464,7 +491,9 @@ def latency(run: Run) -> None:
     run.stage("latency", inputs, run.path("latency.json"), work)
 
 
-def _measure(models: dict[str, nn.Module], size: int, batches: tuple[int, int], device: str, runs: int) -> dict[str, Any]:
+def _measure(
+    models: dict[str, nn.Module], size: int, batches: tuple[int, int], device: str, runs: int
+) -> dict[str, Any]:
     return measure_latency(models, (3, size, size), batch_sizes=batches, device=torch.device(device), runs=runs)
 
 

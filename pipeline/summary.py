@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline import artifacts
 from pipeline.pruning.masks import load_masks, masks_sha256
+from pipeline.report import numbers
 from pipeline.report.html import render
 from pipeline.run import Run, environment
 from pipeline.stages import networks
@@ -13,8 +14,8 @@ from pipeline.stages import networks
 
 def write_report(run: Run) -> dict[str, Any]:
     """Write both files and return the summary. What a run has left out is null, never 0."""
-    summary = summarise(run)
-    artifacts.write_json(run.path("report", "summary.json"), summary)
+    summary = dict(numbers.complete(summarise(run)))
+    artifacts.write_bytes(run.path("report", "summary.json"), numbers.to_json(summary).encode())
     artifacts.write_bytes(run.path("report", "report.html"), render(summary).encode())
     return summary
 
@@ -33,9 +34,18 @@ def summarise(run: Run) -> dict[str, Any]:
     return {
         "model": config.model.name,
         "dense": {**_accuracy(before, "dense"), **_costs(run, None), "latency_ms": _latency(run, "dense")},
-        "pruned": {**_before_and_after(before, after, "ours"), **_costs(run, "ours"), "latency_ms": _latency(run, "ours")},
+        "pruned": {
+            **_before_and_after(before, after, "ours"),
+            **_costs(run, "ours"),
+            "latency_ms": _latency(run, "ours"),
+        },
         "controls": {
-            name: {**_before_and_after(before, after, name), **_costs(run, name), "latency_ms": _latency(run, name), "scope": run.plan(name).scope}
+            name: {
+                **_before_and_after(before, after, name),
+                **_costs(run, name),
+                "latency_ms": _latency(run, name),
+                "scope": run.plan(name).scope,
+            }
             for name in networks(run)
             if name != "ours"
         },
@@ -49,11 +59,20 @@ def summarise(run: Run) -> dict[str, Any]:
         },
         "masks": {"sha256": masks_sha256(load_masks(run.path("masks.safetensors")))},
         "verify": _verify(run),
-        "frozen": [{"group": f.group, "size": f.size, "operation": f.operation, "where": f.where, "reason": f.reason} for f in graph.frozen],
+        "frozen": [
+            {"group": f.group, "size": f.size, "operation": f.operation, "where": f.where, "reason": f.reason}
+            for f in graph.frozen
+        ],
         "train": _training(run, "train", config.train.epochs),
         "recover": _training(run, "recover", config.recover.epochs),
         "stages": [
-            {"name": name, "state": r.state, "seconds": r.seconds if r.state == "done" else None, "started": r.started, "finished": r.finished}
+            {
+                "name": name,
+                "state": r.state,
+                "seconds": r.seconds if r.state == "done" else None,
+                "started": r.started,
+                "finished": r.finished,
+            }
             for name, r in run.manifest.stages.items()
         ],
         "bad_rows": _bad_rows(run, before),
@@ -89,7 +108,12 @@ def _saliency(run: Run) -> dict[str, Any]:
     # A resumed pass has computed only what was left: its rate counts that part.
     share = 1 - found["resumed_units"] / found["units"] if found else None
     rate = found["rows"] * share / found["seconds"] if found and share else None
-    return {"criterion": run.config.score.criterion, **values, "rows_per_s": rate, "skipped": len(found.get("bad_rows", []))}
+    return {
+        "criterion": run.config.score.criterion,
+        **values,
+        "rows_per_s": rate,
+        "skipped": len(found.get("bad_rows", [])),
+    }
 
 
 def _verify(run: Run) -> dict[str, Any]:

@@ -157,4 +157,6 @@ if __name__ == "__main__":
     rejected = 0
     for number in range(arguments.first, arguments.first + arguments.seeds):
         rejected += len(run(number).rejected)
-    print(f"{arguments.seeds} stories from seed {arguments.first}: each unit counted once; {rejected} commits left out by the rule")
+    print(
+        f"{arguments.seeds} stories from seed {arguments.first}: each unit counted once; {rejected} commits left out by the rule"
+    )

@@ -6,7 +6,23 @@ import ast
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent / "pipeline"
-ROOMS = ["config", "artifacts", "data", "models", "saliency", "pruning", "training", "execution", "report", "export", "run", "stages", "checks", "summary", "cli"]
+ROOMS = [
+    "config",
+    "artifacts",
+    "data",
+    "models",
+    "saliency",
+    "pruning",
+    "training",
+    "execution",
+    "report",
+    "export",
+    "run",
+    "stages",
+    "checks",
+    "summary",
+    "cli",
+]
 SAME_FLOOR = {"config": 0, "artifacts": 0, "report": 1, "export": 1}
 
 
@@ -46,7 +62,12 @@ def test_imports_point_one_way():
 
 
 def test_only_execution_imports_ray():
-    wrong = [str(p.relative_to(ROOT)) for p in FILES for n in _imports(p) if n.split(".")[0] == "ray" and _room(p) != "execution"]
+    wrong = [
+        str(p.relative_to(ROOT))
+        for p in FILES
+        for n in _imports(p)
+        if n.split(".")[0] == "ray" and _room(p) != "execution"
+    ]
     assert wrong == []
 
 

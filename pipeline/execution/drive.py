@@ -10,7 +10,19 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from pipeline.execution.coordinator import Abort, Coordinator, Done, Event, Failed, Finish, Joined, Lost, Spawn, Tick, Work
+from pipeline.execution.coordinator import (
+    Abort,
+    Coordinator,
+    Done,
+    Event,
+    Failed,
+    Finish,
+    Joined,
+    Lost,
+    Spawn,
+    Tick,
+    Work,
+)
 from pipeline.execution.ledger import Reading, digest
 from pipeline.execution.worker import Pass, UnitWorker
 from pipeline.saliency.exact import Grid

@@ -6,6 +6,7 @@ happened. Every error means that the lease is lost; a worker is killed before an
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Callable
@@ -30,7 +31,16 @@ from pipeline.execution.worker import Pass, UnitWorker
 from pipeline.saliency.exact import Grid
 
 LOST = (RayActorError, OutOfMemoryError, ObjectLostError, NodeDiedError, WorkerCrashedError)
-FATAL = (ValueError, TypeError, ArithmeticError, AttributeError, KeyError, NotImplementedError, StorageError, StaleArtifact)
+FATAL = (
+    ValueError,
+    TypeError,
+    ArithmeticError,
+    AttributeError,
+    KeyError,
+    NotImplementedError,
+    StorageError,
+    StaleArtifact,
+)
 """Errors that would come again on any worker: bad input, a bug, a full disk. Others (a flaky network, CUDA) are tried again."""
 
 
@@ -39,10 +49,10 @@ def connect(address: str | None, num_cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    options: dict[str, Any] = {"log_to_driver": True, "logging_level": "warning", "include_dashboard": None}
+    options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING, "include_dashboard": None}
     in_job = address or os.environ.get("RAY_ADDRESS")
     if in_job:
-        ray.init(address=in_job, log_to_driver=True, logging_level="warning")
+        ray.init(address=in_job, log_to_driver=True, logging_level=logging.WARNING)
         return
     # Train frees its resources after a crash through the dashboard's State API.
     options["include_dashboard"] = True
@@ -60,7 +70,9 @@ def choose_device(device: str) -> str:
     """`auto` takes GPUs when the cluster has any."""
     gpus = ray.cluster_resources().get("GPU", 0)
     if device == "cuda" and not gpus:
-        raise ValueError("workers.device is cuda, but the cluster has no GPU. Use workers.device=cpu, or start Ray on a node with GPUs.")
+        raise ValueError(
+            "workers.device is cuda, but the cluster has no GPU. Use workers.device=cpu, or start Ray on a node with GPUs."
+        )
     return "cuda" if device == "cuda" or (device == "auto" and gpus) else "cpu"
 
 
@@ -140,7 +152,8 @@ class RayPool:
         options: dict[str, Any] = {"num_cpus": self.threads, "scheduling_strategy": "SPREAD"}
         if self.device == "cuda":
             options["num_gpus"] = 1
-        self._actors[name] = _Actor.options(**options).remote(self.device, self.threads)
+        actor: Any = _Actor  # what @ray.remote makes of the class
+        self._actors[name] = actor.options(**options).remote(self.device, self.threads)
         return name
 
     def start(self, work: Pass) -> None:
@@ -235,7 +248,9 @@ class RayPool:
             self._drop(name)
         deadline = time.monotonic() + 30
         needed = self.num_workers * self.threads
-        while time.monotonic() < deadline and ray.available_resources().get("CPU", 0) < min(needed, ray.cluster_resources().get("CPU", 0)):
+        while time.monotonic() < deadline and ray.available_resources().get("CPU", 0) < min(
+            needed, ray.cluster_resources().get("CPU", 0)
+        ):
             time.sleep(0.1)
 
     def __enter__(self) -> RayPool:

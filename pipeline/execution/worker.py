@@ -60,7 +60,7 @@ def make_deterministic(device: torch.device, threads: int) -> None:
         torch.backends.cuda.matmul.allow_tf32 = False
         torch.backends.cudnn.allow_tf32 = False
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 class UnitWorker:
@@ -86,7 +86,9 @@ class UnitWorker:
             sums, rows, _ = self._unit(self._batches([unit]))
             if rows:
                 return sums
-        raise ValueError("no unit has a single readable row. Look at the report's bad rows, or set data.on_bad_row=stop to see the first.")
+        raise ValueError(
+            "no unit has a single readable row. Look at the report's bad rows, or set data.on_bad_row=stop to see the first."
+        )
 
     def work(self, units: Sequence[int]) -> int:
         """Compute and commit a lease. Returns its rows."""

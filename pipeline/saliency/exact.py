@@ -87,7 +87,9 @@ def _top_exponent(value: Tensor) -> int | None:
         return None
     top = value.double().abs().max().item()
     if not math.isfinite(top):
-        raise SumOverflow("the pilot unit gives NaN or Inf: the network itself is broken on these rows. Check its weights and input.")
+        raise SumOverflow(
+            "the pilot unit gives NaN or Inf: the network itself is broken on these rows. Check its weights and input."
+        )
     return None if top == 0.0 else math.frexp(top)[1]
 
 
@@ -116,7 +118,9 @@ class ExactSums:
         total = old + value
         # Two's complement wraps exactly when both addends have one sign and the sum the other.
         if bool((((old ^ total) & (value ^ total)) < 0).any()):
-            raise SumOverflow(f"the sum of statistic '{name}' left the range of int64: more addends than the grid was made for.")
+            raise SumOverflow(
+                f"the sum of statistic '{name}' left the range of int64: more addends than the grid was made for."
+            )
         self.totals[name] = total
 
     def values(self) -> dict[str, Tensor]:

@@ -12,7 +12,12 @@ from pipeline.saliency.statistics import WEIGHT_KINDS, accumulate
 
 
 def score(
-    model: nn.Module, graph: Graph, batches: Iterable[tuple[Tensor, Tensor]] = (), criterion: str = "taylor", *, seed: int = 0
+    model: nn.Module,
+    graph: Graph,
+    batches: Iterable[tuple[Tensor, Tensor]] = (),
+    criterion: str = "taylor",
+    *,
+    seed: int = 0,
 ) -> dict[str, Tensor]:
     """Saliency of every channel, by group: float64 [C], higher = keep. The model stays as it is.
 
@@ -26,7 +31,9 @@ def score(
     """
     chosen = criteria.find(criterion)
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    statistics = accumulate(model, graph, batches, weights=bool({*chosen.needs} & {*WEIGHT_KINDS})) if chosen.needs else {}
+    statistics = (
+        accumulate(model, graph, batches, weights=bool({*chosen.needs} & {*WEIGHT_KINDS})) if chosen.needs else {}
+    )
     if chosen.needs and not statistics:
         raise ValueError(f"criterion '{criterion}' needs batches of (images, labels), and there was none.")
     return chosen.fn(graph, statistics, weights, seed)

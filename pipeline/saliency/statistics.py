@@ -77,14 +77,17 @@ class GateStatistics:
         self._device = device
         self.model.to(device).eval().requires_grad_(self.weights)
         self._indices = {
-            (group.name, i): site.index_CK.to(device) for group in self.graph.groups for i, site in enumerate(group.consumers)
+            (group.name, i): site.index_CK.to(device)
+            for group in self.graph.groups
+            for i, site in enumerate(group.consumers)
         }
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
         """Sums over the rows: "gate_*/<group>" float64 [C], "<kind>/<tensor>" like the weight, "loss" float64, "rows" int64."""
         num_rows = len(labels_N)
         self._terms = {
-            group.name: torch.zeros(num_rows, group.size, dtype=torch.float64, device=self._device) for group in self.graph.groups
+            group.name: torch.zeros(num_rows, group.size, dtype=torch.float64, device=self._device)
+            for group in self.graph.groups
         }
         handles = self._install()
         try:

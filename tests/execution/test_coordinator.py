@@ -48,7 +48,9 @@ def test_workers_that_die_before_any_work_end_the_pass():
     coordinator = fresh(2, max_failures=2)
     for i in range(2):
         assert coordinator.handle(Lost(f"w{i}", "no module named x", 0.0)) == [Spawn("no module named x")]
-    assert coordinator.handle(Lost("w3", "no module named x", 0.0)) == [Abort("3 failures without one commit, last: no module named x")]
+    assert coordinator.handle(Lost("w3", "no module named x", 0.0)) == [
+        Abort("3 failures without one commit, last: no module named x")
+    ]
 
 
 def test_a_fatal_error_ends_the_pass_at_once():

@@ -46,7 +46,9 @@ def test_a_unit_in_two_commits_counts_once_and_what_fell_out_is_missing():
     assert reading.rejected == ["y: units 1 count already in an earlier commit"]
 
 
-@pytest.mark.parametrize("damage", [lambda b: b[:-1], lambda b: b[:10], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1])])
+@pytest.mark.parametrize(
+    "damage", [lambda b: b[:-1], lambda b: b[:10], lambda b: b"", lambda b: b[:-1] + bytes([b[-1] ^ 1])]
+)
 def test_a_torn_commit_does_not_count(tmp_path, damage):
     ledger = Ledger(str(tmp_path), 2, "f")
     ledger.write(commit(0))
@@ -64,7 +66,7 @@ def test_an_unfinished_write_is_not_seen(tmp_path):
 
 def test_a_commit_of_another_run_is_refused_with_both_fingerprints(tmp_path):
     Ledger(str(tmp_path), 1, "aaaa").write(commit(0))
-    with pytest.raises(StaleArtifact, match="aaaa.*bbbb"):
+    with pytest.raises(StaleArtifact, match=r"aaaa.*bbbb"):
         Ledger(str(tmp_path), 1, "bbbb").read(GRID)
 
 
