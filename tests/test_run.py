@@ -1,0 +1,160 @@
+"""The whole way on a small network: the same three hashes with 1, 2 and 3 workers, with a worker killed, and after a resume."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from pipeline import artifacts, stages
+from pipeline.artifacts import StaleArtifact
+from pipeline.config import (
+    BudgetConfig,
+    CalibrateConfig,
+    DataConfig,
+    EvaluateConfig,
+    ModelConfig,
+    RunConfig,
+    ScoreConfig,
+    TrainingConfig,
+    WorkersConfig,
+)
+from pipeline.run import Run
+from pipeline.summary import write_report
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """200 PNG of noise over a colour that tells the class."""
+    random = np.random.default_rng(0)
+    table = []
+    for i in range(200):
+        label = i % 4
+        pixels = (random.random((16, 16, 3)) * 120 + 40 * label).astype(np.uint8)
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        table.append({"image": {"bytes": buffer.getvalue(), "path": None}, "label": label})
+    path = tmp_path_factory.mktemp("rows") / "rows.parquet"
+    pq.write_table(pa.Table.from_pylist(table), path, row_group_size=64)
+    return str(path)
+
+
+def config(rows: str, run_dir: Path, num_workers: int = 1, **changes: object) -> RunConfig:
+    values = {
+        "run_dir": str(run_dir),
+        "model": ModelConfig(name="resnet10t", pretrained=False, num_classes=4),
+        "data": DataConfig(train=rows, val=rows, image_size=16, crop_fraction=1.0),
+        "score": ScoreConfig(rows_per_unit=8, micro_batch=8),
+        "budget": BudgetConfig(macs=0.5),
+        "calibrate": CalibrateConfig(batches=2, batch_size=32),
+        "recover": TrainingConfig(epochs=0),
+        "evaluate": EvaluateConfig(batch_size=32, latency_batch=2, latency_runs=3),
+        "workers": WorkersConfig(num_workers=num_workers, commit_interval_s=0.2),
+        "quiet": True,
+    }
+    return RunConfig(**{**values, **changes})
+
+
+def hashes(run: Run) -> tuple[str, str, str]:
+    summary = write_report(run)
+    return summary["saliency"]["sha256"], summary["plan"]["sha256"], summary["masks"]["sha256"]
+
+
+def until_plan(run: Run) -> None:
+    for stage in (stages.check_early, stages.dense, stages.trace_groups, stages.score, stages.plan):
+        stage(run)
+
+
+def plan_hashes(run: Run) -> tuple[str, str, bytes]:
+    saliency = artifacts.read_json(run.path("saliency", "pass.json"))["sha256"]
+    return saliency, run.plan("ours").sha256(), artifacts.read_bytes(run.path("masks.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster: None, rows: str, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(config(rows, tmp_path_factory.mktemp("one")))
+    stages.run_all(run)
+    run.release_pool()
+    return run
+
+
+def test_the_run_leaves_a_report_and_a_network_that_meets_the_budget(undisturbed: Run):
+    summary = write_report(undisturbed)
+    assert summary["saliency"]["rows"] == 200
+    assert 0.45 < summary["pruned"]["macs"] / summary["dense"]["macs"] <= 0.5
+    assert summary["verify"]["max_rel_diff"] < 1e-4
+    assert "<html" in Path(undisturbed.path("report", "report.html")).read_text()
+    assert json.loads(Path(undisturbed.path("report", "summary.json")).read_text())["pruned"]["top1"] is None
+
+
+@pytest.mark.parametrize("num_workers", [2, 3])
+def test_hashes_do_not_depend_on_the_number_of_workers(undisturbed: Run, rows: str, tmp_path: Path, num_workers: int):
+    run = Run(config(rows, tmp_path, num_workers))
+    until_plan(run)
+    run.release_pool()
+    assert plan_hashes(run) == plan_hashes(undisturbed)
+
+
+def test_a_killed_worker_changes_no_bit(undisturbed: Run, rows: str, tmp_path: Path):
+    run = Run(config(rows, tmp_path, 2))
+    pids = [run.pool.call(os.getpid)]
+
+    def kill_after_the_first_commit() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            if any(name.startswith("commit-") for name in artifacts.list_dir(run.path("units", "score"))):
+                os.kill(pids[0], signal.SIGKILL)
+                return
+            time.sleep(0.001)
+
+    killer = threading.Thread(target=kill_after_the_first_commit)
+    killer.start()
+    until_plan(run)
+    killer.join()
+    run.release_pool()
+    assert plan_hashes(run) == plan_hashes(undisturbed)
+
+
+def test_a_run_that_was_cut_off_while_scoring_goes_on_from_its_commits(undisturbed: Run, rows: str, tmp_path: Path):
+    first = Run(config(rows, tmp_path, 1))
+    until_plan(first)
+    first.release_pool()
+    commits = [name for name in artifacts.list_dir(first.path("units", "score")) if name.startswith("commit-")]
+    for name in commits[len(commits) // 2 :]:  # as if the driver had died before these, and before all that follows
+        artifacts.remove(first.path("units", "score", name))
+    manifest = artifacts.read_json(first.path("manifest.json"))
+    manifest["score"] |= {"state": "running", "artifact": "", "finished": 0.0}
+    del manifest["plan"]
+    artifacts.write_json(first.path("manifest.json"), manifest)
+    again = Run(config(rows, tmp_path, 2))
+    until_plan(again)
+    again.release_pool()
+    assert artifacts.read_json(again.path("saliency", "pass.json"))["resumed_units"] > 0
+    assert plan_hashes(again) == plan_hashes(undisturbed)
+
+
+def test_a_finished_run_does_nothing_again(undisturbed: Run, rows: str):
+    again = Run(config(rows, Path(undisturbed.dir)))
+    stages.run_all(again)
+    assert hashes(again) == hashes(undisturbed)
+    assert again._pool is None
+
+
+def test_a_run_directory_of_another_network_is_refused_by_name(undisturbed: Run, rows: str):
+    other = Run(
+        config(rows, Path(undisturbed.dir), model=ModelConfig(name="resnet14t", pretrained=False, num_classes=4))
+    )
+    with pytest.raises(StaleArtifact, match="resnet10t' -> 'resnet14t"):
+        stages.run_all(other)
