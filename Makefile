@@ -4,7 +4,7 @@ BIN := .venv/bin
 export RAY_AUTH_MODE ?= disabled
 export RAY_DEDUP_LOGS ?= 0
 
-.PHONY: env demo test test-all check soak clean
+.PHONY: env demo test test-all check bench soak clean
 
 env: .venv/.installed
 .venv/.installed: pyproject.toml
@@ -27,6 +27,9 @@ check: env
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_house.py
+
+bench: env
+	$(BIN)/python -m benchmarks
 
 soak: env  ## seeded simulations of the coordinator: 100,000 schedules of deaths, delays and torn writes
 	$(BIN)/python -m tests.simulation --seeds 100000
