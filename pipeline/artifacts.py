@@ -13,7 +13,7 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from pyarrow import fs as arrow_fs
@@ -224,17 +224,6 @@ class Manifest:
     def _put(self, stage: str, record: StageRecord) -> None:
         self.stages[stage] = record
         content = {
-            name: {**_plain(record), "seconds": round(record.seconds, 3)} for name, record in self.stages.items()
+            name: {**asdict(record), "seconds": round(record.seconds, 3)} for name, record in self.stages.items()
         }
         write_json(self.path, content)
-
-
-def _plain(record: StageRecord) -> dict[str, Any]:
-    return {
-        "state": record.state,
-        "fingerprint": record.fingerprint,
-        "inputs": record.inputs,
-        "artifact": record.artifact,
-        "started": record.started,
-        "finished": record.finished,
-    }

@@ -199,7 +199,7 @@ class CalibrateConfig(Section):
     """Re-estimation of batch-norm statistics after the cut."""
 
     batches: int = Field(default=100, ge=0)
-    """Batches of score.micro_batch * 4 rows; 0 leaves the old statistics."""
+    """Batches of batch_size rows; 0 leaves the old statistics."""
     batch_size: int = Field(default=128, ge=2)
     """Rows in one batch of statistics."""
 

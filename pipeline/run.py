@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import sys
@@ -182,15 +183,11 @@ class Run:
     def network(self, name: str, plan: str | None = None) -> nn.Module:
         """A network of this run: the dense architecture, cut by a plan if one is named, with the weights kept under `name`."""
         if name not in self._networks:
-            model = self.initial_shape() if plan is None else cut(self.initial_shape(), self.plan(plan))
+            dense = self.fresh()
+            model = copy.deepcopy(dense) if plan is None else cut(dense, self.plan(plan))
             model.load_state_dict(load_safetensors(artifacts.read_bytes(self.path("networks", f"{name}.safetensors"))))
             self._networks[name] = model.eval()
         return self._networks[name]
-
-    def initial_shape(self) -> nn.Module:
-        import copy
-
-        return copy.deepcopy(self._architecture)
 
     def graph(self) -> Graph:
         return Graph.from_json(artifacts.read_bytes(self.path("graph.json")).decode())

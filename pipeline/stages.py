@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict
@@ -94,8 +95,6 @@ def dense(run: Run) -> None:
 
 
 def weights_sha256(run: Run, name: str) -> str:
-    import hashlib
-
     return hashlib.sha256(artifacts.read_bytes(run.path("networks", f"{name}.safetensors"))).hexdigest()
 
 
@@ -186,8 +185,6 @@ SHARED_SETTINGS = {
 
 
 def state_sha256(model: nn.Module) -> str:
-    import hashlib
-
     content = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     return hashlib.sha256(save_safetensors(content)).hexdigest()
 

@@ -49,10 +49,10 @@ def connect(address: str | None, num_cpus: int | None = None) -> None:
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
-    options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING, "include_dashboard": None}
+    options: dict[str, Any] = {"log_to_driver": True, "logging_level": logging.WARNING}
     in_job = address or os.environ.get("RAY_ADDRESS")
     if in_job:
-        ray.init(address=in_job, log_to_driver=True, logging_level=logging.WARNING)
+        ray.init(address=in_job, **options)
         return
     # Train frees its resources after a crash through the dashboard's State API.
     options["include_dashboard"] = True
