@@ -13,7 +13,7 @@ import socket
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pyarrow import fs as arrow_fs
@@ -181,10 +181,13 @@ class StageRecord:
     inputs: dict[str, Any]
     artifact: str
     started: float
+    """When its last attempt began: a stage that went on the next morning did not take the night."""
     finished: float
+    attempts: int = 1
 
     @property
     def seconds(self) -> float:
+        """Of the last attempt."""
         return self.finished - self.started
 
 
@@ -214,12 +217,12 @@ class Manifest:
 
     def begin(self, stage: str, inputs: Mapping[str, Any]) -> None:
         """Note the inputs before the work: a half-done stage is not mistaken for one of another configuration."""
-        started = self.stages[stage].started if stage in self.stages else time.time()
-        self._put(stage, StageRecord("running", sha256_of(inputs), dict(inputs), "", started, 0.0))
+        attempts = self.stages[stage].attempts + 1 if stage in self.stages else 1
+        self._put(stage, StageRecord("running", sha256_of(inputs), dict(inputs), "", time.time(), 0.0, attempts))
 
     def finish(self, stage: str, artifact: str) -> None:
         record = self.stages[stage]
-        self._put(stage, StageRecord("done", record.fingerprint, record.inputs, artifact, record.started, time.time()))
+        self._put(stage, replace(record, state="done", artifact=artifact, finished=time.time()))
 
     def _put(self, stage: str, record: StageRecord) -> None:
         self.stages[stage] = record

@@ -126,6 +126,15 @@ class TrainingConfig(Section):
                 f"batch_size ({self.batch_size}) must be a multiple of num_streams ({self.num_streams}), so that each stream gives "
                 "the same number of rows to a step. Change one of the two."
             )
+        if self.epochs and self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"warmup_epochs ({self.warmup_epochs}) must be less than epochs ({self.epochs}): the cosine comes after the warm-up. "
+                "Lower warmup_epochs or train longer."
+            )
+        if self.min_lr > self.lr:
+            raise ValueError(
+                f"min_lr ({self.min_lr}) must not exceed lr ({self.lr}), the peak. Lower min_lr or raise lr."
+            )
         return self
 
 

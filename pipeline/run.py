@@ -246,7 +246,6 @@ class Run:
             "units": units.describe(),
             "micro_batch": micro_batch,
             "input": vars(self.input),
-            "on_bad_row": self.config.data.on_bad_row,
             "device": self.device,
             "threads": self.config.workers.threads,
             "versions": versions(),
@@ -265,6 +264,7 @@ def versions() -> dict[str, str]:
 
 
 def environment(run: Run) -> dict[str, Any]:
+    """What the run was started with: machine, versions, workers, command."""
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -275,9 +275,7 @@ def environment(run: Run) -> dict[str, Any]:
         "threads_per_worker": run.config.workers.threads,
         **versions(),
         "ray": ray_pool.ray.__version__,
-        "command": artifacts.read_json(run.path("command.json"))
-        if artifacts.exists(run.path("command.json"))
-        else run.command,
+        "command": run.command,
     }
 
 

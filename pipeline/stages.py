@@ -29,7 +29,7 @@ from pipeline.pruning.surgery import cut
 from pipeline.pruning.trials import trace
 from pipeline.pruning.verify import verify
 from pipeline.report.progress import progress
-from pipeline.run import Run
+from pipeline.run import Run, environment
 from pipeline.saliency import criteria
 from pipeline.saliency.statistics import WEIGHT_KINDS, GateStatistics
 from pipeline.training.calibrate import BatchNormStatistics, apply_statistics
@@ -67,8 +67,8 @@ def check_early(run: Run) -> None:
     run.fresh()
     _ = run.train_rows, run.val_rows, run.num_classes
     if run.dir and not artifacts.exists(run.path("config.yaml")):
+        artifacts.write_json(run.path("environment.json"), environment(run))
         artifacts.write_bytes(run.path("config.yaml"), run.config.to_yaml().encode())
-        artifacts.write_json(run.path("command.json"), run.command)
 
 
 def model_inputs(run: Run) -> dict[str, Any]:
@@ -105,7 +105,6 @@ def training_inputs(run: Run, training: TrainingConfig) -> dict[str, Any]:
         "rows": run.train_rows.fingerprint,
         "input": vars(run.input),
         "seed": run.config.seed,
-        "on_bad_row": run.config.data.on_bad_row,
     }
 
 
@@ -162,7 +161,6 @@ def run_training(
             max_failures=config.workers.max_failures,
             on_progress=show,
         )
-    artifacts.write_json(run.path("checkpoints", name, "history.json"), result.history)
     return result.state_dict
 
 

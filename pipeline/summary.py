@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline import artifacts
+from pipeline.execution.train import read_history
 from pipeline.pruning.masks import load_masks, masks_sha256
 from pipeline.report import numbers
 from pipeline.report.html import render
-from pipeline.run import Run, environment
+from pipeline.run import Run
 from pipeline.stages import networks
 
 
 def write_report(run: Run) -> dict[str, Any]:
-    """Write both files and return the summary. What a run has left out is null, never 0."""
+    """Write both files and return the summary. What a run has left out, or has not come to yet, is null, never 0."""
     summary = dict(numbers.complete(summarise(run)))
     artifacts.write_bytes(run.path("report", "summary.json"), numbers.to_json(summary).encode())
     artifacts.write_bytes(run.path("report", "report.html"), render(summary).encode())
@@ -27,42 +28,21 @@ def _read(run: Run, *parts: str) -> Any:
 
 def summarise(run: Run) -> dict[str, Any]:
     before, after = _read(run, "evaluation", "before.json"), _read(run, "evaluation", "after.json")
-    plan, graph = run.plan("ours"), run.graph()
     config = run.config
-    budget = plan.budget
-    (measure, fraction), *_ = budget.items()
     return {
         "model": config.model.name,
         "dense": {**_accuracy(before, "dense"), **_costs(run, None), "latency_ms": _latency(run, "dense")},
-        "pruned": {
-            **_before_and_after(before, after, "ours"),
-            **_costs(run, "ours"),
-            "latency_ms": _latency(run, "ours"),
-        },
+        "pruned": _network(run, before, after, "ours"),
         "controls": {
-            name: {
-                **_before_and_after(before, after, name),
-                **_costs(run, name),
-                "latency_ms": _latency(run, name),
-                "scope": run.plan(name).scope,
-            }
+            name: {**_network(run, before, after, name), "scope": _scope(run, name)}
             for name in networks(run)
             if name != "ours"
         },
         "saliency": _saliency(run),
-        "plan": {
-            "sha256": plan.sha256(),
-            "budget": budget,
-            "budget_text": f"{fraction:.0%} of the {'MACs' if measure == 'macs' else 'parameters'} remain",
-            "scope": plan.scope,
-            "groups": [{"name": group.name, "size": group.size, "kept": len(group.kept)} for group in plan.groups],
-        },
-        "masks": {"sha256": masks_sha256(load_masks(run.path("masks.safetensors")))},
+        "plan": _plan(run),
+        "masks": {"sha256": _masks_sha256(run)},
         "verify": _verify(run),
-        "frozen": [
-            {"group": f.group, "size": f.size, "operation": f.operation, "where": f.where, "reason": f.reason}
-            for f in graph.frozen
-        ],
+        "frozen": _frozen(run),
         "train": _training(run, "train", config.train.epochs),
         "recover": _training(run, "recover", config.recover.epochs),
         "stages": [
@@ -72,14 +52,25 @@ def summarise(run: Run) -> dict[str, Any]:
                 "seconds": r.seconds if r.state == "done" else None,
                 "started": r.started,
                 "finished": r.finished,
+                "attempts": r.attempts,
             }
             for name, r in run.manifest.stages.items()
         ],
         "bad_rows": _bad_rows(run, before),
         "per_class": _per_class(before, after),
-        "data": {"train": run.train_rows.fingerprint, "val": run.val_rows.fingerprint, "val_rows": before["rows"]},
-        "environment": environment(run),
+        "data": {
+            "train": run.train_rows.fingerprint,
+            "val": run.val_rows.fingerprint,
+            "val_rows": before["rows"] if before else None,
+        },
+        "environment": _read(run, "environment.json"),
     }
+
+
+def _network(run: Run, before: Any, after: Any, name: str) -> dict[str, Any]:
+    top1_before = _accuracy(before, name)["top1"]
+    accuracy = {"top1_before_recovery": top1_before, **_accuracy(after, name)}
+    return {**accuracy, **_costs(run, name), "latency_ms": _latency(run, name)}
 
 
 def _accuracy(evaluation: Any, name: str) -> dict[str, Any]:
@@ -87,13 +78,48 @@ def _accuracy(evaluation: Any, name: str) -> dict[str, Any]:
     return {key: found.get(key) for key in ("top1", "top5", "loss", "agreement")}
 
 
-def _before_and_after(before: Any, after: Any, name: str) -> dict[str, Any]:
-    return {"top1_before_recovery": _accuracy(before, name)["top1"], **_accuracy(after, name)}
-
-
-def _costs(run: Run, plan: str | None) -> dict[str, int]:
-    costs = run.plan("ours").dense if plan is None else run.plan(plan).kept
+def _costs(run: Run, name: str | None) -> dict[str, int]:
+    """Of the network that a plan leaves; of the dense one for None."""
+    if not _planned(run):
+        return {}
+    costs = run.plan("ours").dense if name is None else run.plan(name).kept
     return {"params": costs.params, "macs": costs.macs}
+
+
+def _planned(run: Run) -> bool:
+    record = run.manifest.stages.get("plan")
+    return record is not None and record.state == "done"
+
+
+def _scope(run: Run, name: str) -> str | None:
+    return run.plan(name).scope if _planned(run) else None
+
+
+def _plan(run: Run) -> dict[str, Any]:
+    if not _planned(run):
+        return {}
+    plan = run.plan("ours")
+    (measure, fraction), *_ = plan.budget.items()
+    return {
+        "sha256": plan.sha256(),
+        "budget": plan.budget,
+        "budget_text": f"{fraction:.0%} of the {'MACs' if measure == 'macs' else 'parameters'} remain",
+        "scope": plan.scope,
+        "groups": [{"name": group.name, "size": group.size, "kept": len(group.kept)} for group in plan.groups],
+    }
+
+
+def _masks_sha256(run: Run) -> str | None:
+    return masks_sha256(load_masks(run.path("masks.safetensors"))) if _planned(run) else None
+
+
+def _frozen(run: Run) -> list[dict[str, Any]]:
+    if not artifacts.exists(run.path("graph.json")):
+        return []
+    return [
+        {"group": f.group, "size": f.size, "operation": f.operation, "where": f.where, "reason": f.reason}
+        for f in run.graph().frozen
+    ]
 
 
 def _latency(run: Run, name: str) -> dict[str, float]:
@@ -122,7 +148,7 @@ def _verify(run: Run) -> dict[str, Any]:
 
 
 def _training(run: Run, name: str, epochs: int) -> dict[str, Any] | None:
-    history = _read(run, "checkpoints", name, "history.json")
+    history = read_history(run.path("checkpoints", name))
     if not history:
         return None
     last = history[-1]
@@ -135,6 +161,8 @@ def _bad_rows(run: Run, before: Any) -> list[dict[str, Any]]:
 
 
 def _per_class(before: Any, after: Any) -> list[dict[str, Any]]:
+    if not before:
+        return []
     dense = before["models"]["dense"]["class_accuracy"]
     pruned = (after or before)["models"]["ours"]["class_accuracy"]
     return [{"class": c, "dense": d, "pruned": p} for c, (d, p) in enumerate(zip(dense, pruned, strict=True))]

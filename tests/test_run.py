@@ -14,7 +14,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import timm
 from PIL import Image
+from safetensors.torch import save_file
 
 from pipeline import artifacts, stages
 from pipeline.artifacts import StaleArtifact
@@ -29,6 +31,8 @@ from pipeline.config import (
     TrainingConfig,
     WorkersConfig,
 )
+from pipeline.data.batches import BadRowError
+from pipeline.models.zoo import ModelError
 from pipeline.run import Run
 from pipeline.summary import write_report
 
@@ -37,7 +41,11 @@ pytestmark = pytest.mark.ray
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """200 PNG of noise over a colour that tells the class."""
+    return write_rows(tmp_path_factory.mktemp("rows") / "rows.parquet")
+
+
+def write_rows(path: Path, damage: dict[int, dict[str, object]] | None = None) -> str:
+    """200 PNG of noise over a colour that tells the class; `damage` replaces fields of single rows."""
     random = np.random.default_rng(0)
     table = []
     for i in range(200):
@@ -45,8 +53,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
         pixels = (random.random((16, 16, 3)) * 120 + 40 * label).astype(np.uint8)
         buffer = io.BytesIO()
         Image.fromarray(pixels).save(buffer, format="PNG")
-        table.append({"image": {"bytes": buffer.getvalue(), "path": None}, "label": label})
-    path = tmp_path_factory.mktemp("rows") / "rows.parquet"
+        row = {"bytes": buffer.getvalue(), "label": label, **(damage or {}).get(i, {})}
+        table.append({"image": {"bytes": row["bytes"], "path": None}, "label": row["label"]})
     pq.write_table(pa.Table.from_pylist(table), path, row_group_size=64)
     return str(path)
 
@@ -150,6 +158,51 @@ def test_a_finished_run_does_nothing_again(undisturbed: Run, rows: str):
     stages.run_all(again)
     assert hashes(again) == hashes(undisturbed)
     assert again._pool is None
+
+
+def test_a_report_of_half_a_run_leaves_open_what_is_not_known(undisturbed: Run, rows: str, tmp_path: Path):
+    run = Run(config(rows, tmp_path))
+    stages.check_early(run)
+    assert write_report(run)["plan"]["sha256"] is None
+    until_plan(run)
+    run.release_pool()
+    summary = write_report(run)
+    assert hashes(run) == hashes(undisturbed)
+    assert summary["pruned"]["params"] < summary["dense"]["params"]
+    assert (summary["pruned"]["top1_before_recovery"], summary["per_class"]) == (None, [])
+
+
+@pytest.mark.parametrize(
+    ("damage", "cause"), [({"bytes": b"only words"}, "image"), ({"label": 1000}, "label"), ({"label": None}, "label")]
+)
+def test_a_bad_row_stops_by_name_and_skipping_it_goes_on_from_there(
+    ray_cluster: None, tmp_path: Path, damage: dict[str, object], cause: str
+):
+    train = write_rows(tmp_path / "train.parquet", damage={150: damage})
+    data = DataConfig(train=train, val=train, image_size=16, crop_fraction=1.0)
+    run = Run(config(train, tmp_path / "run", data=data))
+    with pytest.raises(BadRowError, match=cause) as error:
+        until_plan(run)
+    run.release_pool()
+    assert all(word in str(error.value) for word in ("train.parquet", "150", "data.on_bad_row=skip"))
+    skipping = data.model_copy(update={"on_bad_row": "skip", "max_bad_fraction": 0.01})
+    again = Run(config(train, tmp_path / "run", data=skipping))
+    until_plan(again)
+    again.release_pool()
+    about = artifacts.read_json(again.path("saliency", "pass.json"))
+    assert about["rows"] == 199
+    assert [bad["row"] for bad in about["bad_rows"]] == [150]
+
+
+def test_weights_that_are_not_finite_are_refused_before_any_work(rows: str, tmp_path: Path):
+    state = timm.create_model("resnet10t", num_classes=4).state_dict()
+    state["fc.weight"][0, 0] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    model = ModelConfig(name="resnet10t", pretrained=False, num_classes=4, checkpoint=str(tmp_path / "nan.safetensors"))
+    run = Run(config(rows, tmp_path / "run", model=model))
+    with pytest.raises(ModelError, match=r"fc\.weight"):
+        until_plan(run)
+    assert not artifacts.exists(run.path("networks", "dense.safetensors"))
 
 
 def test_a_run_directory_of_another_network_is_refused_by_name(undisturbed: Run, rows: str):

@@ -25,6 +25,7 @@ from ray.exceptions import (
 from torch import Tensor
 
 from pipeline.artifacts import StaleArtifact, StorageError
+from pipeline.execution import metrics
 from pipeline.execution.coordinator import Done, Event, Failed, Joined, Lost, Tick
 from pipeline.execution.drive import PassFailed
 from pipeline.execution.worker import Pass, UnitWorker
@@ -102,25 +103,13 @@ class _Actor:
 
     def work(self, units: tuple[int, ...]) -> int:
         rows = self._worker.work(units)
-        _count("pruning_rows", rows)
-        _count("pruning_units", len(units))
-        _count("pruning_commits", 1)
+        metrics.count("pruning_rows", rows)
+        metrics.count("pruning_units", len(units))
+        metrics.count("pruning_commits", 1)
         return rows
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
-
-
-_counters: dict[str, Any] = {}
-
-
-def _count(name: str, value: int) -> None:
-    """A Prometheus counter of Ray's, made on first use in this process."""
-    if name not in _counters:
-        from ray.util.metrics import Counter
-
-        _counters[name] = Counter(name, description=f"{name.split('_')[1]} done by the workers")
-    _counters[name].inc(value)
 
 
 class RayPool:

@@ -8,6 +8,7 @@ is found in it.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import tempfile
@@ -28,8 +29,9 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from torch import nn
 
 from pipeline import artifacts
+from pipeline.execution import metrics
 from pipeline.execution.pool import FATAL
-from pipeline.training.loop import Batches, OnProgress, TrainResult, train
+from pipeline.training.loop import Batches, OnProgress, Record, TrainResult, train
 from pipeline.training.settings import TrainSettings
 
 FINAL, METRICS = "final.safetensors", "metrics.jsonl"
@@ -130,6 +132,7 @@ def fit(
 def _work(config: dict[str, Any]) -> dict[str, Any]:
     job: _Job = ray.get(config["job"])
     torch.set_num_threads(job.threads)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)  # a line for each report would bury everything else
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     reporter = _Reporter(job.directory, rank)
@@ -171,6 +174,8 @@ class _Reporter:
         if self.rank == 0 and seconds - self.written >= self.write_every_s:
             self.written = seconds
             self.write(history)
+            metrics.gauge("pruning_training_loss", record["loss"])
+            metrics.gauge("pruning_training_rows_per_second", record["rows_per_s"])
         if seconds - self.reported >= REPORT_EVERY_S:
             self.reported = seconds
             ray.train.report(record)
@@ -250,17 +255,19 @@ def _watched(directory: str, on_progress: OnProgress | None) -> Iterator[None]:
 
 def _watch(directory: str, on_progress: OnProgress, stop: threading.Event) -> None:
     path = artifacts.join(directory, METRICS)
-    seen = _read(path)  # of an earlier attempt
+    seen = read_history(directory)  # of an earlier attempt
     pause_s = 10.0 if artifacts.is_uri(path) else REPORT_EVERY_S / 2
     while True:
         finished = stop.wait(pause_s)
-        data = _read(path)
-        if data != seen:
-            seen = data
-            on_progress([json.loads(line) for line in data.splitlines()])
+        history = read_history(directory)
+        if history != seen:
+            seen = history
+            on_progress(history)
         if finished:
             return
 
 
-def _read(path: str) -> bytes:
-    return artifacts.read_bytes(path) if artifacts.exists(path) else b""
+def read_history(directory: str) -> list[Record]:
+    """The records of a training so far, also while it runs; empty before the first."""
+    path = artifacts.join(directory, METRICS)
+    return [json.loads(line) for line in artifacts.read_bytes(path).splitlines()] if artifacts.exists(path) else []

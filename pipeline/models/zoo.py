@@ -15,6 +15,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pipeline.models.modes import eval_mode
+
 
 class ModelError(ValueError):
     """A network or its weights cannot be had; the message says what to do."""
@@ -223,18 +225,13 @@ def data_config(model: nn.Module) -> dict[str, Any]:
 
 def num_classes(model: nn.Module, image_size: int) -> int:
     """Outputs of the network, found by running it."""
-    training = {name: module.training for name, module in model.named_modules()}
-    model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), eval_mode(model):
             output = model(torch.zeros(1, 3, image_size, image_size))
     except RuntimeError as error:
         raise ModelError(
             f"the network does not run on 3 x {image_size} x {image_size} pixels: {error}. Change data.image_size."
         ) from error
-    finally:
-        for name, module in model.named_modules():
-            module.training = training[name]
     if not isinstance(output, Tensor) or output.dim() != 2:
         raise ModelError("the network must give logits of shape [rows, classes].")
     return output.shape[1]

@@ -89,6 +89,8 @@ class StageTime(TypedDict):
     seconds: float | None
     started: float | None
     finished: float | None
+    attempts: int | None
+    """Starts that it took; the time is that of the last."""
 
 
 class BadRow(TypedDict):
@@ -146,7 +148,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
 _RECORDS: dict[str, tuple[str, ...]] = {
     "plan.groups": ("name", "size", "kept"),
     "frozen": ("group", "size", "operation", "where", "reason"),
-    "stages": ("name", "state", "seconds", "started", "finished"),
+    "stages": ("name", "state", "seconds", "started", "finished", "attempts"),
     "bad_rows": ("file", "row_group", "row", "cause"),
     "per_class": ("class", "dense", "pruned"),
     "train.history": ("step", "epoch", "loss", "lr"),

@@ -176,7 +176,8 @@ def stage_times(stages: Sequence[StageTime]) -> Markup | None:
         length = max(1.5, width * seconds / longest)
         body.append(svg.rect(left, y + 5, length, row - 11, "kept"))
         part = f" · {percent(seconds / whole, 0)}" if seconds / whole >= 0.005 else ""
-        body.append(svg.text(left + length + 8, y + 15, f"{duration(seconds)}{part}", "soft"))
+        again = f" · start {stage['attempts']}" if (stage["attempts"] or 1) > 1 else ""
+        body.append(svg.text(left + length + 8, y + 15, f"{duration(seconds)}{part}{again}", "soft"))
     return svg.drawing(total, len(stages) * row, body, "time of each stage")
 
 

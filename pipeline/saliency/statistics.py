@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
 from pipeline.models.graph import Graph, Site
+from pipeline.models.modes import eval_mode
 
 WEIGHT_KINDS = ("grad_sum", "grad_abs", "grad_square", "gw_abs", "gw_square")
 GATE_KINDS = ("gate_sum", "gate_abs", "gate_square")
@@ -151,21 +152,19 @@ def accumulate(
 ) -> dict[str, Tensor]:
     """Statistics of `batches` of (images_NCHW, labels_N) in this process, in their order. The model is left as it was."""
     grads = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
-    training = {name: module.training for name, module in model.named_modules()}
     device = next(model.parameters()).device
     task = GateStatistics(model, graph, weights=weights)
     sums: dict[str, Tensor] = {}
     try:
         for p in model.parameters():
             p.grad = None
-        task.to(device)
-        for images, labels in batches:
-            for name, value in task(images.to(device), labels.to(device)).items():
-                sums[name] = sums[name] + value if name in sums else value
+        with eval_mode(model):
+            task.to(device)
+            for images, labels in batches:
+                for name, value in task(images.to(device), labels.to(device)).items():
+                    sums[name] = sums[name] + value if name in sums else value
     finally:
         for name, p in model.named_parameters():
             p.requires_grad_(grads[name][0])
             p.grad = grads[name][1]
-        for name, module in model.named_modules():
-            module.training = training[name]
     return {name: value.cpu() for name, value in sums.items()}

@@ -180,12 +180,13 @@ def test_a_long_curve_keeps_its_spikes():
 
 
 def test_stages_stand_in_the_order_of_time():
-    stages = [("b", "done", 1.0, 2.0), ("c", "running", None, None), ("a", "done", 1.0, 1.0)]
-    keys = ("name", "state", "seconds", "started")
+    stages = [("b", "done", 1.0, 2.0, 3), ("c", "running", None, None, 1), ("a", "done", 1.0, 1.0, 1)]
+    keys = ("name", "state", "seconds", "started", "attempts")
     drawn = plots.stage_times([dict(zip(keys, stage, strict=True)) for stage in stages])
     assert drawn is not None
     assert re.findall(">([abc])<", drawn) == ["a", "b", "c"]
     assert ">running<" in drawn
+    assert drawn.count("start 3") == 1
 
 
 def test_extremes_name_only_what_changed():

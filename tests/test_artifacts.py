@@ -1,0 +1,82 @@
+"""Whole files or none, and a manifest that knows what each stage was made from."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline import artifacts
+from pipeline.artifacts import Manifest, StaleArtifact, StorageError
+
+
+def test_a_file_is_replaced_whole(tmp_path: Path):
+    path = str(tmp_path / "deep" / "file")
+    artifacts.write_bytes(path, b"first")
+    artifacts.write_bytes(path, b"second")
+    assert artifacts.read_bytes(path) == b"second"
+    assert os.listdir(tmp_path / "deep") == ["file"]
+
+
+def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    path = str(tmp_path / "file")
+    artifacts.write_bytes(path, b"old")
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StorageError, match=r"cannot write .*file \(3 bytes\): No space left.*same command again"):
+        artifacts.write_bytes(path, b"new")
+    assert artifacts.read_bytes(path) == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path):
+    (tmp_path / "file").write_text("not a directory")
+    with pytest.raises(StorageError, match="writable --run-dir"):
+        artifacts.probe_writable(str(tmp_path / "file"))
+
+
+def test_broken_json_is_named(tmp_path: Path):
+    (tmp_path / "a.json").write_text("{")
+    with pytest.raises(StorageError, match=r"a\.json is not valid JSON"):
+        artifacts.read_json(str(tmp_path / "a.json"))
+
+
+def test_unfinished_writes_are_not_listed(tmp_path: Path):
+    for name in ("b", "a", ".a.tmp-12345678"):
+        (tmp_path / name).touch()
+    assert artifacts.list_dir(str(tmp_path)) == ["a", "b"]
+    assert artifacts.list_dir(str(tmp_path / "missing")) == []
+
+
+def test_differences_name_the_leaves_that_changed():
+    old, new = {"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 2, "d": 4}, "e": 5}
+    assert artifacts.differences(old, new) == ["b.d: 3 -> 4", "e: None -> 5"]
+
+
+def test_a_stage_is_done_only_when_it_was_finished_and_only_for_its_inputs(tmp_path: Path):
+    manifest = Manifest(str(tmp_path))
+    assert not manifest.finished("score", {"rows": 1})
+    manifest.begin("score", {"rows": 1})
+    assert not Manifest(str(tmp_path)).finished("score", {"rows": 1})
+    manifest.finish("score", "saliency")
+    assert Manifest(str(tmp_path)).finished("score", {"rows": 1})
+    with pytest.raises(StaleArtifact, match=r"stage 'score' was made from \w+, this run asks for \w+ \(rows: 1 -> 2\)"):
+        manifest.finished("score", {"rows": 2})
+
+
+def test_a_stage_that_goes_on_counts_its_attempts_and_times_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    now = [1000.0]
+    monkeypatch.setattr("pipeline.artifacts.time.time", lambda: now[0])
+    Manifest(str(tmp_path)).begin("score", {})
+    now[0] = 90_000.0  # the next day
+    manifest = Manifest(str(tmp_path))
+    manifest.begin("score", {})
+    now[0] = 90_060.0
+    manifest.finish("score", "saliency")
+    record = Manifest(str(tmp_path)).stages["score"]
+    assert (record.attempts, record.seconds) == (2, 60.0)
