@@ -151,8 +151,6 @@ class ScoreConfig(Section):
     """Rows in one unit of work; never derived from the number of workers."""
     micro_batch: int = Field(default=32, ge=1)
     """Rows in one forward and backward."""
-    headroom_bits: int = Field(default=12, ge=4, le=30)
-    """How much larger than the pilot unit's a sum may be, as a power of two (saliency/exact.py)."""
     seed: int = 0
     """Seed of the `random` criterion."""
 
@@ -174,7 +172,7 @@ class BudgetConfig(Section):
     """Fraction of the multiply-accumulates that remains, between 0 and 1."""
     scope: Literal["auto", "global", "layer", "isomorphic"] = "auto"
     """How groups compete: all together, each alike, or those of one shape; `auto` is the criterion's own."""
-    min_keep: float = Field(default=0.1, gt=0, le=1)
+    min_keep: float = Field(default=0.1, gt=0, lt=1)
     """Least fraction of each group that stays."""
     round_to: int = Field(default=8, ge=1)
     """Kept channels are a multiple of this in groups larger than 32."""

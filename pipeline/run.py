@@ -231,7 +231,6 @@ class Run:
             return run_pass(
                 work,
                 self.pool,
-                headroom_bits=config.score.headroom_bits,
                 commit_interval_s=config.workers.commit_interval_s,
                 max_failures=config.workers.max_failures,
                 max_bad_fraction=config.data.max_bad_fraction,

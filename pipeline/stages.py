@@ -248,7 +248,6 @@ def score(run: Run) -> None:
         weights=weights_sha256(run, "dense"),
         graph=graph.sha256(),
         weight_statistics=with_weights,
-        headroom_bits=settings.headroom_bits,
     )
 
     def work() -> None:

@@ -81,7 +81,6 @@ def run_pass(
     work: Pass,
     pool: Pool,
     *,
-    headroom_bits: int = 12,
     commit_interval_s: float = 30.0,
     max_failures: int = 3,
     max_bad_fraction: float = 0.001,
@@ -101,7 +100,7 @@ def run_pass(
         pool.start(work)
         grid = work.ledger.grid()
         if grid is None:
-            grid = Grid.from_pilot(pool.pilot(), num_addends=len(work.units), headroom_bits=headroom_bits)
+            grid = Grid.from_pilot(pool.pilot(), num_addends=len(work.units))
             work.ledger.fix_grid(grid)
         pool.fix_grid(grid)
     else:

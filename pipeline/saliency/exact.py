@@ -5,6 +5,9 @@ rounded to that grid; what comes out does not depend on the order, the grouping,
 
 A grid leaves room for `num_addends` addends, each up to 2^headroom_bits times the pilot's largest magnitude. With the default
 of 12 bits and a million addends a value of the pilot's size keeps 30 bits, more than the float32 gradients it comes from.
+
+What lies above (a mislabelled row in a network that is sure of all others) goes to a second grid, 2^30 times coarser, element by
+element. Which of the two takes an element depends on its value alone, so the sum of both is as free of order as each.
 """
 
 from __future__ import annotations
@@ -18,10 +21,13 @@ from torch import Tensor
 
 SUM_BITS = 62  # int64 without its sign, and one spare bit for the check itself
 FLOAT_BITS = 52  # a float64 addend is exact on the grid only up to its own mantissa
+COARSE_BITS = 30
+COARSE = "#coarse"
+"""Suffix of a statistic's second total, which exists only where it was needed."""
 
 
 class SumOverflow(ArithmeticError):
-    """An addend lies outside the range that the pilot promised."""
+    """An addend is no finite number, or lies beyond any range that the pilot makes likely."""
 
 
 @dataclass(frozen=True)
@@ -37,8 +43,8 @@ class Grid:
         """Fix the grids from the sums of one unit.
 
         Args:
-            pilot: float64 or int64 sums of one unit, by statistic. An all-zero statistic gets the finest grid of the others of
-                its kind (the part of its name before "/"), since a dead layer in one unit may live in the next.
+            pilot: float64 or int64 sums of one unit, by statistic. An all-zero statistic gets the coarsest grid of the others
+                of its kind (the part of its name before "/"), since a dead layer in one unit may live in the next.
             num_addends: how many addends there will be at most.
             headroom_bits: how much larger than the pilot's an addend may be, as a power of two.
         """
@@ -46,7 +52,7 @@ class Grid:
         if addend_bits - headroom_bits < 16:
             raise ValueError(
                 f"{num_addends} addends with {headroom_bits} bits of headroom leave {addend_bits - headroom_bits} bits for a value. "
-                "Use larger units, or fewer score.headroom_bits."
+                "Use larger units: raise score.rows_per_unit."
             )
         tops = {name: _top_exponent(value) for name, value in pilot.items() if value.is_floating_point()}
         exponents = {}
@@ -57,28 +63,38 @@ class Grid:
             exponents[name] = addend_bits - headroom_bits - top
         return cls(exponents, addend_bits)
 
-    def quantise(self, name: str, value: Tensor) -> Tensor:
-        """Round an addend to its grid; int64 of the same shape. Integers (counts) are their own grid."""
+    def quantise(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """Round an addend to its grids: int64 of the same shape by name of the total. Integers (counts) are their own grid."""
         if not value.is_floating_point():
-            return value.to(torch.int64)
-        scaled = torch.ldexp(value.double(), torch.tensor(float(self.exponents[name]), dtype=torch.float64)).round_()
-        top = scaled.abs().max().item() if scaled.numel() else 0.0
-        if not top <= 2.0**self.addend_bits:  # a NaN fails this comparison, too
-            largest = value.abs().max().item()
+            return {name: value.to(torch.int64)}
+        scaled = _scale(value, self.exponents[name])
+        above = ~(scaled.abs() <= 2.0**self.addend_bits)  # a NaN is above, too
+        if not above.any():
+            return {name: scaled.round_().to(torch.int64)}
+        coarse = torch.where(above, _scale(value, self.exponents[name] - COARSE_BITS), 0.0)
+        if not coarse.abs().max().item() <= 2.0**self.addend_bits:
             raise SumOverflow(
-                f"statistic '{name}' has an addend of {largest:g}, its grid ends at {self.limit(name):g}. If the value is finite, the "
-                "pilot unit was too quiet: raise score.headroom_bits in a new run directory. If not, the network gives NaN or Inf."
+                f"statistic '{name}' has an addend of {value.abs().max().item():g}, its grid ends at {self.limit(name):g}. "
+                "The network gives NaN, Inf or a loss that explodes on these rows: check its weights and input."
             )
-        return scaled.to(torch.int64)
+        fine = torch.where(above, 0.0, scaled)
+        return {name: fine.round_().to(torch.int64), name + COARSE: coarse.round_().to(torch.int64)}
 
     def value(self, name: str, total: Tensor) -> Tensor:
-        """The sum as float64 (counts stay int64)."""
-        if name not in self.exponents:
+        """What a total stands for, as float64 (counts stay int64)."""
+        base = name.removesuffix(COARSE)
+        if base not in self.exponents:
             return total
-        return torch.ldexp(total.double(), torch.tensor(float(-self.exponents[name]), dtype=torch.float64))
+        return _scale(total, (COARSE_BITS if base != name else 0) - self.exponents[base])
 
     def limit(self, name: str) -> float:
-        return 2.0 ** (self.addend_bits - self.exponents[name])
+        """Largest magnitude of an addend."""
+        return 2.0 ** (self.addend_bits + COARSE_BITS - self.exponents[name])
+
+
+def _scale(value: Tensor, exponent: int) -> Tensor:
+    """value * 2^exponent in float64."""
+    return torch.ldexp(value.double(), torch.tensor(float(exponent), dtype=torch.float64))
 
 
 def _top_exponent(value: Tensor) -> int | None:
@@ -103,7 +119,7 @@ class ExactSums:
     def add(self, addend: Mapping[str, Tensor]) -> None:
         """Add the float64 or int64 sums of one unit. Counts once towards the grid's number of addends."""
         for name, value in addend.items():
-            self.add_quantised(name, self.grid.quantise(name, value.detach().cpu()))
+            self.merge(self.grid.quantise(name, value.detach().cpu()))
 
     def merge(self, totals: Mapping[str, Tensor]) -> None:
         """Add the int64 totals of another accumulator on the same grid."""
@@ -124,4 +140,9 @@ class ExactSums:
         self.totals[name] = total
 
     def values(self) -> dict[str, Tensor]:
-        return {name: self.grid.value(name, total) for name, total in sorted(self.totals.items())}
+        """The sums: float64, int64 for counts."""
+        values: dict[str, Tensor] = {}
+        for name, total in sorted(self.totals.items()):  # a statistic stands before its coarse part
+            base, value = name.removesuffix(COARSE), self.grid.value(name, total)
+            values[base] = values[base] + value if base in values else value
+        return values

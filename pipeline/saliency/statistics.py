@@ -27,27 +27,36 @@ from pipeline.models.modes import eval_mode
 WEIGHT_KINDS = ("grad_sum", "grad_abs", "grad_square", "gw_abs", "gw_square")
 GATE_KINDS = ("gate_sum", "gate_abs", "gate_square")
 
+HALF = (torch.float16, torch.bfloat16)
+
 Tap = Callable[[Tensor, Tensor], None]
+
+
+class SaliencyError(ValueError):
+    """The network does not have per-row gradients at its gates; the message names the group and the way out."""
 
 
 class _Gate(torch.autograd.Function):
     """Identity forward; backward shows the input and its gradient to `tap`. Costs no multiplication in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tap: Tap) -> Tensor:
-        ctx.save_for_backward(x)
+    def forward(ctx: Any, x: Tensor, tap: Tap, copy: bool) -> Tensor:
+        out = x.clone() if copy else x.view_as(x)
+        ctx.save_for_backward(out)
         ctx.tap = tap
-        return x.view_as(x)
+        return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         ctx.tap(x, grad)
-        return grad, None
+        return grad, None, None
 
 
 def gate_terms(x: Tensor, grad: Tensor, axis: int) -> Tensor:
-    """s per row and feature: x * dL/dx summed over all axes but the rows and the channel axis; float64 [N, F]."""
+    """s per entry of the first axis and feature: x * dL/dx summed over all other axes; float64 [len(x), F]."""
+    if x.dtype in HALF:
+        x, grad = x.float(), grad.float()
     product = x * grad
     other = [dim for dim in range(1, x.dim()) if dim != axis % x.dim()]
     return (product.sum(dim=other) if other else product).double()
@@ -71,7 +80,10 @@ class GateStatistics:
         self.graph = graph
         self.weights = weights
         self._device = torch.device("cpu")
+        self._copy = False  # gates hand on copies, for networks that write into a consumer's input afterwards
+        self._checked = False
         self._terms: dict[str, Tensor] = {}
+        self._tapped: set[str] = set()
         self._indices: dict[tuple[str, int], Tensor] = {}
 
     def to(self, device: torch.device) -> None:
@@ -84,24 +96,16 @@ class GateStatistics:
         }
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
-        """Sums over the rows: "gate_*/<group>" float64 [C], "<kind>/<tensor>" like the weight, "loss" float64, "rows" int64."""
-        num_rows = len(labels_N)
-        self._terms = {
-            group.name: torch.zeros(num_rows, group.size, dtype=torch.float64, device=self._device)
-            for group in self.graph.groups
-        }
-        handles = self._install()
-        try:
-            with torch.enable_grad():
-                loss = F.cross_entropy(self.model(images_NCHW).float(), labels_N, reduction="sum")
-                loss.backward()
-        finally:
-            for handle in handles:
-                handle.remove()
-        sums: dict[str, Tensor] = {
-            "rows": torch.tensor(num_rows, dtype=torch.int64, device=self._device),
-            "loss": loss.detach().double(),
-        }
+        """Sums over the rows: "gate_*/<group>" float64 [C], "<kind>/<tensor>" like the weight, "loss" float64, "rows" int64.
+
+        Raises:
+            SaliencyError: the gates of this network do not tell rows apart, or no gradient reaches them.
+        """
+        if not self._checked and len(labels_N) > 1:
+            self._require_rows_apart(images_NCHW[:3], labels_N[:3])
+            self._checked = True
+        loss = self._run(images_NCHW, labels_N)
+        sums: dict[str, Tensor] = {"rows": torch.tensor(len(labels_N), dtype=torch.int64), "loss": loss.double()}
         for name, terms_NC in self._terms.items():
             sums[f"gate_sum/{name}"] = terms_NC.sum(0)
             sums[f"gate_abs/{name}"] = terms_NC.abs().sum(0)
@@ -109,6 +113,69 @@ class GateStatistics:
         if self.weights:
             sums.update(self._weight_sums())
         return sums
+
+    def _run(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
+        """Forward and backward: fills the terms of every group, returns the summed loss."""
+        try:
+            loss = self._backward(images_NCHW, labels_N)
+        except RuntimeError as error:
+            if self._copy or "inplace" not in str(error):
+                raise
+            self._copy = True
+            self._drop_gradients()
+            loss = self._backward(images_NCHW, labels_N)
+        for group in self.graph.groups:
+            if group.name not in self._tapped:
+                raise SaliencyError(
+                    f"no gradient reaches any consumer of group '{group.name}' ({', '.join(s.module for s in group.consumers)}): it "
+                    "runs under no_grad, behind detach() or in a reentrant checkpoint, and its saliency would be a silent 0. "
+                    "Take that out for scoring (checkpoint: use_reentrant=False), or freeze the group with Graph.without."
+                )
+        return loss
+
+    def _backward(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
+        self._terms = {
+            group.name: torch.zeros(len(labels_N), group.size, dtype=torch.float64, device=self._device)
+            for group in self.graph.groups
+        }
+        self._tapped = set()
+        handles = self._install()
+        try:
+            with torch.enable_grad():
+                logits = self.model(images_NCHW)
+                logits = logits.float() if logits.dtype in HALF else logits
+                loss = F.cross_entropy(logits, labels_N, reduction="sum")
+                if loss.requires_grad:
+                    loss.backward()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return loss.detach()
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.model.parameters():
+            parameter.grad = None
+
+    def _require_rows_apart(self, images_NCHW: Tensor, labels_N: Tensor) -> None:
+        """A few rows together must give what they give alone: else the first axis of a consumer is not the rows'."""
+        self._run(images_NCHW, labels_N)
+        together = self._terms
+        alone: dict[str, list[Tensor]] = {}
+        for n in range(len(labels_N)):
+            self._run(images_NCHW[n : n + 1], labels_N[n : n + 1])
+            for name, terms_NC in self._terms.items():
+                alone.setdefault(name, []).append(terms_NC)
+        self._drop_gradients()
+        narrow = next(self.model.parameters()).dtype in HALF
+        for name, terms_NC in together.items():
+            expected_NC = torch.cat(alone[name])
+            scale = expected_NC.abs().max()
+            if (terms_NC - expected_NC).abs().max() > (0.2 if narrow else 1e-2) * scale + 1e-12:
+                raise SaliencyError(
+                    f"group '{name}': {len(labels_N)} rows together give other gradients at its gates than each alone. Either rows "
+                    "influence each other in this network, or they are not the first axis of what its consumers read. "
+                    "Give the network batch-first inputs, or freeze the group with Graph.without."
+                )
 
     def _install(self) -> list[RemovableHandle]:
         """One hook per consumer module, whichever groups it reads."""
@@ -123,17 +190,29 @@ class GateStatistics:
         axis = sites[0][2].axis
 
         def tap(x: Tensor, grad: Tensor) -> None:
-            terms_NF = gate_terms(x, grad, axis)
+            terms_NF = self._by_row(gate_terms(x, grad, axis), sites[0])
             for group, i, _ in sites:
                 self._terms[group] += terms_NF[:, self._indices[group, i]].sum(-1)
+                self._tapped.add(group)
 
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
             x = args[0]
             if not x.requires_grad:  # below the first gate nothing needs a gradient: start the tape here
                 x = x.detach().requires_grad_()
-            return (_Gate.apply(x, tap), *args[1:])
+            return (_Gate.apply(x, tap, self._copy), *args[1:])
 
         return hook
+
+    def _by_row(self, terms: Tensor, site: tuple[str, int, Site]) -> Tensor:
+        """[rows * k, F] -> [rows, F]: windows and patches that were folded into the batch belong to their row."""
+        group = site[0]
+        num_rows = len(self._terms[group])
+        if len(terms) % num_rows:
+            raise SaliencyError(
+                f"group '{group}': {site[2].module} reads {len(terms)} entries for {num_rows} rows, so rows are not its first axis. "
+                "Give the network batch-first inputs, or freeze the group with Graph.without."
+            )
+        return terms if len(terms) == num_rows else terms.reshape(num_rows, -1, terms.shape[1]).sum(1)
 
     def _weight_sums(self) -> dict[str, Tensor]:
         sums = {}
