@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from pipeline import artifacts
 from pipeline.config import TrainingConfig
 from pipeline.data.batches import unit_batches
+from pipeline.data.folder import require_same_classes
 from pipeline.data.stream import Augmentation, TrainingOrder, training_loader
 from pipeline.data.units import Units
 from pipeline.execution.train import fit
 from pipeline.export import artifact
 from pipeline.models.graph import Graph
+from pipeline.models.zoo import ModelError
 from pipeline.pruning import allocation
 from pipeline.pruning.masks import channel_masks, mask, save_masks
-from pipeline.pruning.plan import Budget
+from pipeline.pruning.plan import Budget, Plan
 from pipeline.pruning.surgery import cut
 from pipeline.pruning.trials import trace
 from pipeline.pruning.verify import verify
@@ -65,7 +67,8 @@ def check_early(run: Run) -> None:
     """What would end the run after hours ends it now: names, paths, budgets, the network's size against the labels'."""
     criteria.find(run.config.score.criterion)
     run.fresh()
-    _ = run.train_rows, run.val_rows, run.num_classes
+    _ = run.num_classes
+    require_same_classes(run.train_rows, run.val_rows)
     if run.dir and not artifacts.exists(run.path("config.yaml")):
         artifacts.write_json(run.path("environment.json"), environment(run))
         artifacts.write_bytes(run.path("config.yaml"), run.config.to_yaml().encode())
@@ -137,6 +140,7 @@ def run_training(
         augmentation,
         run.num_classes,
         config.data.on_bad_row,
+        int(config.data.max_bad_fraction * run.train_rows.num_rows),
         training.loader_processes,
     )
     total = order.steps_per_epoch * training.batch_size * training.epochs
@@ -193,6 +197,7 @@ def worker_batches(
     augmentation: Augmentation,
     num_classes: int,
     on_bad_row: str,
+    max_bad_rows: int,
     processes: int,
     rank: int,
     size: int,
@@ -210,6 +215,7 @@ def worker_batches(
             epoch=epoch,
             start_step=start_step,
             on_bad_row=on_bad_row,
+            max_bad_rows=max_bad_rows,
             num_workers=processes,
         )
 
@@ -229,6 +235,20 @@ def trace_groups(run: Run) -> None:
 
     inputs = {"model": model_inputs(run)["model"], "image_size": run.input.size, "seed": run.config.seed}
     run.stage("trace", inputs, run.path("graph.json"), work)
+    require_reachable(run)
+
+
+def require_reachable(run: Run) -> None:
+    """A budget below what the floors leave, or a network that cannot be cut at all, shows before hours of scoring."""
+    graph = run.graph()
+    if not graph.groups:
+        reasons = "; ".join(f"{f.group}: {f.reason} ({f.operation} in {f.where})" for f in graph.frozen[:3])
+        raise ModelError(
+            f"'{run.config.model.name}' has no channels that can be removed. The first reasons: {reasons}."
+        )
+    saliency = {group.name: torch.ones(group.size, dtype=torch.float64) for group in graph.groups}
+    for criterion in plan_criteria(run).values():
+        planned(run, graph, saliency, criterion)
 
 
 def score(run: Run) -> None:
@@ -273,12 +293,27 @@ def saliency_of(run: Run, criterion: str, graph: Graph) -> dict[str, Tensor]:
     return chosen.fn(graph, statistics, weights, run.config.score.seed)
 
 
+def plan_criteria(run: Run) -> dict[str, str]:
+    """Criterion of each plan that is made."""
+    return {"ours": run.config.score.criterion, **{name: name for name in run.config.controls.criteria}}
+
+
+def planned(run: Run, graph: Graph, saliency: dict[str, Tensor], criterion: str) -> Plan:
+    settings = run.config.budget
+    return allocation.plan(
+        graph,
+        saliency,
+        Budget(params=settings.params, macs=settings.macs),
+        criterion=criterion,
+        scope=criteria.find(criterion).scope if settings.scope == "auto" else settings.scope,
+        min_keep=settings.min_keep,
+        round_to=settings.round_to,
+    )
+
+
 def plan(run: Run) -> None:
     """RUN/plan.json, RUN/plans/CONTROL.json, RUN/masks.safetensors, RUN/saliency/CRITERION.safetensors."""
-    config, graph = run.config, run.graph()
-    budget = Budget(params=config.budget.params, macs=config.budget.macs)
-    named: dict[str, str] = {"ours": config.score.criterion}
-    named |= {name: name for name in config.controls.criteria}
+    config, graph, named = run.config, run.graph(), plan_criteria(run)
     sums = (
         artifacts.read_json(run.path("saliency", "pass.json"))["sha256"] if criteria.find(named["ours"]).needs else None
     )
@@ -294,16 +329,7 @@ def plan(run: Run) -> None:
     def work() -> None:
         for name, criterion in named.items():
             saliency = saliency_of(run, criterion, graph)
-            scope = criteria.find(criterion).scope if config.budget.scope == "auto" else config.budget.scope
-            chosen = allocation.plan(
-                graph,
-                saliency,
-                budget,
-                criterion=criterion,
-                scope=scope,
-                min_keep=config.budget.min_keep,
-                round_to=config.budget.round_to,
-            )
+            chosen = planned(run, graph, saliency, criterion)
             artifacts.write_bytes(run.plan_path(name), chosen.to_json().encode())
             content = {group: score.contiguous() for group, score in saliency.items()}
             artifacts.write_bytes(run.path("saliency", f"{name}.safetensors"), save_safetensors(content))

@@ -194,6 +194,13 @@ def test_a_bad_row_stops_by_name_and_skipping_it_goes_on_from_there(
     assert [bad["row"] for bad in about["bad_rows"]] == [150]
 
 
+def test_a_budget_out_of_reach_shows_before_the_scoring(ray_cluster: None, rows: str, tmp_path: Path):
+    run = Run(config(rows, tmp_path / "run", budget=BudgetConfig(params=0.001)))
+    with pytest.raises(ValueError, match="min_keep"):
+        until_plan(run)
+    assert "score" not in run.manifest.stages
+
+
 def test_weights_that_are_not_finite_are_refused_before_any_work(rows: str, tmp_path: Path):
     state = timm.create_model("resnet10t", num_classes=4).state_dict()
     state["fc.weight"][0, 0] = float("nan")

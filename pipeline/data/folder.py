@@ -81,3 +81,14 @@ class FolderSource(Source):
 
     def load(self, file: int, row_group: int) -> FolderGroup:
         return FolderGroup(self.files, self.labels, row_group, int(self.row_groups.num_rows[row_group]))
+
+
+def require_same_classes(train: Source, val: Source) -> None:
+    """Two image folders number their classes each by itself: with other names, a label would mean two things."""
+    if isinstance(train, FolderSource) and isinstance(val, FolderSource) and train.classes != val.classes:
+        odd = sorted({*train.classes} ^ {*val.classes})
+        raise DataError(
+            f"{train.files.root} has {len(train.classes)} classes, {val.files.root} has {len(val.classes)}: only one of the two has "
+            f"{', '.join(odd[:5])}. Labels are the sorted names of the classes, so both folders need the same ones (an empty "
+            "class directory does not count)."
+        )

@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from pipeline.data.batches import BadRow, BadRowError, require_policy, use_row
 from pipeline.data.images import Normalise, decode_rgb
 from pipeline.data.order import TrainingOrder, mix
-from pipeline.data.source import Group, Row, Source
+from pipeline.data.source import DataError, Group, Row, Source
 
 __all__ = ["Augmentation", "Share", "TrainingLoader", "TrainingOrder", "TrainingRows", "training_loader"]
 
@@ -252,8 +252,11 @@ def _as_it_is(share: Share) -> Share:
 class TrainingLoader:
     """Iterates over (images, labels), one local batch for each step that is left in the epoch."""
 
-    def __init__(self, rows: TrainingRows, *, on_bad_row: str, num_workers: int, pin_memory: bool) -> None:
+    def __init__(
+        self, rows: TrainingRows, *, on_bad_row: str, max_bad_rows: int, num_workers: int, pin_memory: bool
+    ) -> None:
         require_policy(on_bad_row)
+        self.max_bad_rows = max_bad_rows
         self.rows = rows
         self.on_bad_row = on_bad_row
         self.num_workers = num_workers
@@ -268,7 +271,7 @@ class TrainingLoader:
         """float32 [n, 3, size, size] and int64 [n], pinned if asked for. n may be smaller, even 0, where rows were
         skipped.
 
-        Raises BadRowError when a row is bad and the policy is to stop.
+        Raises BadRowError when a row is bad and the policy is to stop, DataError when more than `max_bad_rows` are.
         """
         # A generator of its own: otherwise the DataLoader draws a number from torch's, and a run that was resumed in
         # the middle of an epoch, having made one loader more, would go on with other random numbers.
@@ -282,6 +285,11 @@ class TrainingLoader:
             if share.bad_rows and self.on_bad_row == "stop":
                 raise BadRowError.of(share.bad_rows[0])
             self.bad_rows.extend(share.bad_rows)
+            if len(self.bad_rows) > self.max_bad_rows:
+                raise DataError(
+                    f"{len(self.bad_rows)} rows of this epoch are bad, more than data.max_bad_fraction allows; the first: "
+                    f"{BadRowError.of(self.bad_rows[0])}"
+                )
             parts.append(share)
             if len(parts) == num_parts:
                 yield (
@@ -308,12 +316,14 @@ def training_loader(
     epoch: int = 0,
     start_step: int = 0,
     on_bad_row: str = "stop",
+    max_bad_rows: int | None = None,
     num_workers: int = 0,
     pin_memory: bool | None = None,
 ) -> TrainingLoader:
     """This worker's local batches (images, labels) of an epoch, from a step on.
 
     Args:
+        max_bad_rows: with on_bad_row="skip": more in this loader end the training. None: a thousandth of the source's rows.
         num_workers: loader processes; 0 decodes in this one. Changes no sample.
         pin_memory: None: when CUDA is there.
         others: of TrainingRows and TrainingOrder.
@@ -329,4 +339,5 @@ def training_loader(
         start_step=start_step,
     )
     pinned = torch.cuda.is_available() if pin_memory is None else pin_memory
-    return TrainingLoader(rows, on_bad_row=on_bad_row, num_workers=num_workers, pin_memory=pinned)
+    limit = source.num_rows // 1000 if max_bad_rows is None else max_bad_rows
+    return TrainingLoader(rows, on_bad_row=on_bad_row, max_bad_rows=limit, num_workers=num_workers, pin_memory=pinned)

@@ -31,6 +31,8 @@ class Done:
     worker: str
     lease: int
     now: float
+    bad_rows: int = 0
+    """Rows of the lease that were left out."""
 
 
 @dataclass(frozen=True)

@@ -111,7 +111,8 @@ def run_pass(
         for reason in reading.rejected:
             on_warning(f"left out {reason}")
         coordinator = Coordinator(reading.covered, commit_interval_s=commit_interval_s, max_failures=max_failures)
-        _drive(coordinator, pool, work, on_progress, on_warning)
+        num_bad = len(reading.bad_rows)
+        _drive(coordinator, pool, work, num_bad, max_bad_fraction, on_progress, on_warning)
         num_lost += coordinator.num_lost
         reading = work.ledger.read(grid=None)
     pool.finish()
@@ -119,7 +120,7 @@ def run_pass(
     assert reading.sums is not None
     if reading.missing:
         raise PassFailed(f"{work.ledger.directory}: commits vanished while they were read. Run the same command again.")
-    _require_few_bad_rows(reading, max_bad_fraction)
+    _require_few_bad_rows(reading, work, max_bad_fraction)
     return PassResult(
         values=reading.sums.values(),
         sha256=digest(reading.sums.totals),
@@ -139,14 +140,20 @@ def _drive(
     coordinator: Coordinator,
     pool: Pool,
     work: Pass,
+    num_bad: int,
+    max_bad_fraction: float,
     on_progress: Callable[[int], None],
     on_warning: Callable[[str], None],
 ) -> None:
-    """Carry events to the coordinator and its decisions to the pool until it says it is finished."""
+    """Carry events to the coordinator and its decisions to the pool until it says it is finished, or too many rows are bad."""
     while not coordinator.finished:
         for event in pool.events(timeout_s=1.0):
             if isinstance(event, Lost | Failed):
                 on_warning(f"worker {event.worker}: {event.cause}")
+            if isinstance(event, Done) and event.bad_rows:
+                num_bad += event.bad_rows
+                if num_bad > max_bad_fraction * work.units.num_rows:  # by this count; what the ledger accepts decides
+                    _require_few_bad_rows(work.ledger.read(grid=None), work, max_bad_fraction)
             for decision in coordinator.handle(event):
                 match decision:
                     case Work(worker, lease, units):
@@ -161,8 +168,8 @@ def _drive(
         on_progress(work.units.num_rows if done == len(work.units) else done * work.units.rows_per_unit)
 
 
-def _require_few_bad_rows(reading: Reading, max_bad_fraction: float) -> None:
-    total = reading.rows + len(reading.bad_rows)
+def _require_few_bad_rows(reading: Reading, work: Pass, max_bad_fraction: float) -> None:
+    total = work.units.num_rows
     if len(reading.bad_rows) > max_bad_fraction * total:
         first = reading.bad_rows[0]
         raise PassFailed(
@@ -205,8 +212,8 @@ class LocalPool:
         if self._lease is None:
             return [Tick(now)]
         (lease, units), self._lease = self._lease, None
-        self._worker.work(units)  # an error is the caller's own: it surfaces as it is
-        return [Done("local", lease, time.monotonic())]
+        commit = self._worker.work(units)  # an error is the caller's own: it surfaces as it is
+        return [Done("local", lease, time.monotonic(), len(commit.bad_rows))]
 
     def finish(self) -> None:
         self._lease = None

@@ -102,11 +102,11 @@ class _Actor:
         return self._worker.pilot()
 
     def work(self, units: tuple[int, ...]) -> int:
-        rows = self._worker.work(units)
-        metrics.count("pruning_rows", rows)
+        commit = self._worker.work(units)
+        metrics.count("pruning_rows", commit.rows)
         metrics.count("pruning_units", len(units))
         metrics.count("pruning_commits", 1)
-        return rows
+        return len(commit.bad_rows)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         return function(*args)
@@ -197,7 +197,7 @@ class RayPool:
         worker, lease = self._pending.pop(reference)
         now = time.monotonic()
         try:
-            ray.get(reference)
+            num_bad = ray.get(reference)
         except LOST as error:
             self._drop(worker)
             return Lost(worker, _first_line(error), now)
@@ -206,7 +206,7 @@ class RayPool:
             if lease == 0 or isinstance(cause, FATAL):
                 raise cause if isinstance(cause, Exception) else error from None
             return Failed(worker, lease, _first_line(cause), False, now)
-        return Done(worker, lease, now) if lease else Joined(worker, now)
+        return Done(worker, lease, now, num_bad) if lease else Joined(worker, now)
 
     def _drop(self, worker: str) -> None:
         actor = self._actors.pop(worker, None)

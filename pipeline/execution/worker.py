@@ -90,8 +90,8 @@ class UnitWorker:
             "no unit has a single readable row. Look at the report's bad rows, or set data.on_bad_row=stop to see the first."
         )
 
-    def work(self, units: Sequence[int]) -> int:
-        """Compute and commit a lease. Returns its rows."""
+    def work(self, units: Sequence[int]) -> Commit:
+        """Compute and commit a lease."""
         assert self._pass is not None
         assert self._pass.grid is not None
         total = ExactSums(self._pass.grid)
@@ -105,15 +105,16 @@ class UnitWorker:
                 bad_rows += bad
         finally:
             batches.close()
-        self._pass.ledger.write(Commit(tuple(units), num_rows, total.totals, tuple(bad_rows)))
-        return num_rows
+        commit = Commit(tuple(units), num_rows, total.totals, tuple(bad_rows))
+        self._pass.ledger.write(commit)
+        return commit
 
     def _batches(self, units: Sequence[int]) -> Iterator[Batch | None]:
-        """The micro-batches of the units in order; None closes a unit."""
+        """The micro-batches of the units in order, in pinned memory for a GPU; None closes a unit."""
         work = self._pass
         assert work is not None
         for index in units:
-            yield from unit_batches(
+            for batch in unit_batches(
                 work.source,
                 work.units[index],
                 work.decoder,
@@ -121,7 +122,8 @@ class UnitWorker:
                 num_classes=work.num_classes,
                 on_bad_row=work.on_bad_row,
                 threads=work.decode_threads,
-            )
+            ):
+                yield batch.pinned() if self.device.type == "cuda" else batch
             yield None
 
     def _unit(self, batches: Iterator[Batch | None]) -> tuple[dict[str, Tensor], int, list[dict[str, Any]]]:

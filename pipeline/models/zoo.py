@@ -157,6 +157,10 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     model.load_state_dict(weights)
 
 
+KINDS = {"weight", "bias", "running_mean", "running_var", "num_batches_tracked"}
+"""Tensors of one layer that may have one shape: they must not be mistaken for each other."""
+
+
 def _by_position(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> dict[str, Tensor]:
     pairs = list(zip(own.items(), weights.items(), strict=False))
     for (name, mine), (other, theirs) in pairs:
@@ -164,6 +168,12 @@ def _by_position(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], sourc
             raise ModelError(
                 f"{source} has other names than the network, and other shapes in order: first at {name} "
                 f"{tuple(mine.shape)} against {other} {tuple(theirs.shape)}. Check model.name and model.num_classes."
+            )
+        kinds = {name.rpartition(".")[2], other.rpartition(".")[2]} & KINDS
+        if len(kinds) > 1:
+            raise ModelError(
+                f"{source} has other names than the network, and its order is another one, too: {name} would get {other}. "
+                "Rename its tensors as in the network's state_dict()."
             )
     if len(own) != len(weights):
         raise ModelError(

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.data.folder import require_same_classes
 from pipeline.data.rows import DataError, RowPlace, open_source
 from tests.data.making import image, write_parquet, write_rows
 
@@ -163,6 +164,18 @@ def test_image_folder_labels_are_the_sorted_class_names(tmp_path):
     assert open_source(str(tmp_path / "e")).fingerprint == source.fingerprint
     (tmp_path / "e" / "cat" / "3.png").write_bytes(image(4) + b"!")
     assert open_source(str(tmp_path / "e")).fingerprint != source.fingerprint
+
+
+def test_folders_with_other_classes_are_refused_since_a_label_would_mean_two_things(tmp_path):
+    for split, classes in (("train", "abc"), ("val", "ac"), ("same", "abc")):
+        for name in classes:
+            path = tmp_path / split / name / "0.png"
+            path.parent.mkdir(parents=True)
+            path.write_bytes(image(0))
+    train, val, same = (open_source(str(tmp_path / split)) for split in ("train", "val", "same"))
+    with pytest.raises(DataError, match="only one of the two has b"):
+        require_same_classes(train, val)
+    require_same_classes(train, same)
 
 
 def test_image_folder_mixes_its_classes_and_has_virtual_row_groups(tmp_path):

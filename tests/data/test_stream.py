@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from pipeline.data.batches import BadRowError
 from pipeline.data.order import TrainingOrder
 from pipeline.data.rows import open_source
+from pipeline.data.source import DataError
 from pipeline.data.stream import Augmentation, StreamReader, TrainingRows, blocks_of, own_randomness, training_loader
 from tests.data.making import FakeSource, image, row_groups, write_parquet
 
@@ -200,7 +201,7 @@ def test_a_bad_row_stops_training_by_name(damaged, num_workers):
 
 def test_bad_rows_are_skipped_counted_and_shift_no_other(damaged):
     order = TrainingOrder(damaged.row_groups, 2, 4, window=1)
-    loader = loader_of(damaged, order, on_bad_row="skip")
+    loader = loader_of(damaged, order, on_bad_row="skip", max_bad_rows=2)
     sizes = [len(labels) for _, labels in loader]
     rows = [np.concatenate([order.rows(0, step, s) for s in range(2)]) for step in range(4)]
     assert sizes == [4 - len({5, 9} & set(step.tolist())) for step in rows]
@@ -208,10 +209,18 @@ def test_bad_rows_are_skipped_counted_and_shift_no_other(damaged):
     assert {bad.cause for bad in loader.bad_rows if bad.row == 9} == {"label 77 is not in 0..9"}
 
 
+def test_too_many_bad_rows_end_the_training(damaged):
+    order = TrainingOrder(damaged.row_groups, 2, 4, window=1)
+    with pytest.raises(
+        DataError, match=r"2 rows of this epoch are bad, more than data\.max_bad_fraction.*bad\.parquet"
+    ):
+        list(loader_of(damaged, order, on_bad_row="skip", max_bad_rows=1))
+
+
 def test_a_share_may_be_empty(tmp_path):
     source = open_source(str(write_parquet(tmp_path / "a.parquet", [None] * 4, [0] * 4)))
     order = TrainingOrder(source.row_groups, 2, 2)
-    images, labels = next(iter(loader_of(source, order, on_bad_row="skip")))
+    images, labels = next(iter(loader_of(source, order, on_bad_row="skip", max_bad_rows=2)))
     assert (images.shape, labels.shape) == ((0, 3, 8, 8), (0,))
 
 

@@ -322,6 +322,24 @@ def test_code_that_decides_by_values_refuses_every_cut():
     assert "the code decides by computed values" in why(graph, "a")
 
 
+@pytest.mark.parametrize("way", ["copy", "add", "other view"])
+def test_a_decision_by_what_was_written_through_a_view_refuses_every_cut(way: str):
+    def forward(m: Net, x: Tensor) -> Tensor:
+        room = torch.zeros(1, 4, 12, 12)
+        early = room.view(4, 12, 12)
+        y = m.b(m.a(x))
+        if way == "add":
+            room[:, :, 2:10, 2:10].add_(y)
+        else:
+            room[:, :, 2:10, 2:10] = y
+        seen = early if way == "other view" else room
+        return m.c(x if float(seen.mean()) > 100 else -x)
+
+    graph = propagate(Net(forward, a=conv(3, 4), b=conv(4, 4), c=conv(3, 2)), IMAGE)
+    assert graph.groups == ()
+    assert "the code decides by computed values" in why(graph, "a")
+
+
 def test_a_weight_that_is_used_outside_of_its_layer_keeps_what_it_reads():
     net = Net(lambda m, x: m.c(F.conv2d(m.a(x), m.b.weight)), a=conv(3, 4), b=conv(4, 5), c=conv(5, 2))
     graph = propagate(net, IMAGE)

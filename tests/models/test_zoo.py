@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import timm
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from pipeline.models import zoo
-from pipeline.models.zoo import ModelError, build, data_config
+from pipeline.models.zoo import ModelError, build, data_config, load_weights
 
 SMALL = "test_resnet"
 
@@ -101,6 +102,15 @@ def test_a_position_with_another_shape_is_named(tmp_path):
     torch.save({f"other.{i}": tensor for i, tensor in enumerate(weights)}, tmp_path / "w.pth")
     with pytest.raises(ModelError, match=r"first at 3.weight \(4, 6\) against other.2 \(4, 5\)"):
         build(OWN, checkpoint=str(tmp_path / "w.pth"))
+
+
+def test_a_weight_never_becomes_a_bias_of_the_same_shape(tmp_path):
+    names = ["a.weight", "a.bias", "b.bias", "b.weight"]
+    weights = [torch.zeros(4) for _ in names]
+    torch.save(dict(zip(names, weights, strict=True)), tmp_path / "w.pth")
+    own = dict(zip(["c.weight", "c.bias", "d.weight", "d.bias"], weights, strict=True))
+    with pytest.raises(ModelError, match=r"d\.weight would get b\.bias"):
+        load_weights(SimpleNamespace(state_dict=lambda: own), torch.load(tmp_path / "w.pth"), "w.pth")
 
 
 def test_another_number_of_tensors_is_refused_even_if_the_first_fit(tmp_path):

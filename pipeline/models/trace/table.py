@@ -49,6 +49,12 @@ class Call:
     def tensors(self) -> list[Tensor]:
         return list(tensors_in((self.args, self.kwargs)))
 
+    @property
+    def mutated(self) -> list[Tensor]:
+        """Arguments that the operation writes into."""
+        written = [p.name for p in self.func._schema.arguments if p.alias_info is not None and p.alias_info.is_write]
+        return list(tensors_in([self.get(name) for name in written]))
+
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """All tensors in nested tuples, lists, mappings and objects with attributes."""

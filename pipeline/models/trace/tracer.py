@@ -69,6 +69,9 @@ class Trace:
         if stored is not None:
             return stored
         name = self._names.get(id(tensor))
+        if name is None and tensor._is_view():  # of something that was written into through another view
+            base: Label | None = self._labels.get(tensor._base)
+            return Label(note=base.note) if base and base.note else None
         if name is None or tensor.numel() <= 1:
             return None
         axes = {dim: self.slots.of(name, dim, size) for dim, size in enumerate(tensor.shape) if size > 1}
@@ -81,6 +84,13 @@ class Trace:
         if label is not None:
             assert all(tensor.shape[axis] == len(ids) for axis, ids in label.axes.items())
             self._labels[tensor] = label
+
+    def written(self, call: Call) -> None:
+        """A value that was written into through a view depends on what was written, though its own label knows nothing of it."""
+        for tensor in call.mutated:
+            base = tensor._base
+            if base is not None and self.label(tensor) is not None and self.label(base) is None:
+                self.put(base, Label(note=self.reason(call, "values are written into a part of a tensor")))
 
     def join(
         self, call: Call, tensors: Sequence[Tensor], *, shape: torch.Size | None = None, skip: int | None = None
@@ -232,6 +242,7 @@ class _Operations(TorchDispatchMode):
             join(self.trace, call)
         else:
             barrier(self.trace, call)
+        self.trace.written(call)
         return out
 
 

@@ -1,0 +1,80 @@
+"""One pass over the data in this process: every row once, resumed, torn, and ended early by too many bad rows."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.data.batches import Decoder
+from pipeline.data.rows import open_source
+from pipeline.data.units import Units
+from pipeline.execution.drive import LocalPool, PassFailed, PassResult, run_pass
+from pipeline.execution.ledger import Ledger
+from pipeline.execution.worker import Pass
+from tests.data.making import image, write_parquet
+
+
+class Brightness:
+    """Rows, and the sum of their red values."""
+
+    def to(self, device: torch.device) -> None:
+        del device
+
+    def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
+        return {"rows": torch.tensor(len(labels_N)), "red": images_NCHW[:, 0].double().mean((1, 2)).sum()}
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> Path:
+    return write_parquet(tmp_path / "rows.parquet", [image(i) for i in range(40)], [i % 10 for i in range(40)])
+
+
+def pass_over(rows: Path, directory: Path, **options: float) -> PassResult:
+    source = open_source(str(rows))
+    units = Units(source.row_groups, 4)
+    work = Pass(
+        task=Brightness(),
+        source=source,
+        units=units,
+        decoder=Decoder(12, (0, 0, 0), (1, 1, 1), "bilinear", 1.0),
+        ledger=Ledger(str(directory), len(units), "fingerprint"),
+        grid=None,
+        micro_batch=4,
+        num_classes=10,
+        on_bad_row="skip",
+    )
+    return run_pass(work, LocalPool(), commit_interval_s=0.0, **options)
+
+
+def commits(directory: Path) -> list[Path]:
+    return sorted(directory.glob("commit-*"))
+
+
+def test_every_row_counts_once(rows: Path, tmp_path: Path):
+    result = pass_over(rows, tmp_path / "units")
+    assert (result.rows, result.values["rows"].item(), result.resumed_units) == (40, 40, 0)
+    assert result.values["red"].item() == pytest.approx(sum(range(40)) / 255, rel=1e-5)
+
+
+def test_a_pass_goes_on_from_its_commits_and_does_torn_ones_again(rows: Path, tmp_path: Path):
+    whole = pass_over(rows, tmp_path / "units")
+    first, second, *_ = commits(tmp_path / "units")
+    first.unlink()
+    os.truncate(second, second.stat().st_size - 3)
+    again = pass_over(rows, tmp_path / "units")
+    assert (again.sha256, again.rows) == (whole.sha256, 40)
+    assert 0 < again.resumed_units < again.units
+    assert [reason.split(":")[0] for reason in again.rejected_commits] == [second.name]
+
+
+def test_too_many_bad_rows_end_the_pass_before_its_end(tmp_path: Path):
+    images = [b"only words" if i < 10 else image(i) for i in range(200)]
+    rows = write_parquet(tmp_path / "rows.parquet", images, [0] * 200)
+    with pytest.raises(PassFailed, match=r"\d+ of 200 rows are bad, more than data\.max_bad_fraction \(0\.02\)"):
+        pass_over(rows, tmp_path / "units", max_bad_fraction=0.02)
+    assert len(commits(tmp_path / "units")) < 25
+    assert pass_over(rows, tmp_path / "units", max_bad_fraction=0.05).rows == 190
