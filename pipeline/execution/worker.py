@@ -22,12 +22,14 @@ from pipeline.execution.ledger import Commit, Ledger
 from pipeline.saliency.exact import ExactSums, Grid
 
 T = TypeVar("T")
+MEMORY_FORMAT = torch.channels_last
+"""Faster on GPUs, and on CPUs above all where convolutions are depthwise."""
 
 
 class Task(Protocol):
     """One micro-batch -> additive sums. Owns its models; is sent to the workers as it is."""
 
-    def to(self, device: torch.device) -> None: ...
+    def to(self, device: torch.device, memory_format: torch.memory_format, /) -> None: ...
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
         """float64 or int64 sums that add up over micro-batches."""
@@ -72,7 +74,7 @@ class UnitWorker:
         self._pass: Pass | None = None
 
     def load(self, work: Pass) -> None:
-        work.task.to(self.device)
+        work.task.to(self.device, MEMORY_FORMAT)
         self._pass = work
 
     def fix_grid(self, grid: Grid) -> None:
@@ -138,7 +140,7 @@ class UnitWorker:
             if len(batch.labels_N) == 0:
                 continue
             rows += len(batch.labels_N)
-            images = batch.images_NCHW.to(self.device, non_blocking=True)
+            images = batch.images_NCHW.to(self.device, non_blocking=True, memory_format=MEMORY_FORMAT)
             labels = batch.labels_N.to(self.device, non_blocking=True)
             for name, value in self._pass.task(images, labels).items():
                 sums[name] = sums[name] + value if name in sums else value

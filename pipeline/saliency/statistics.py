@@ -86,9 +86,10 @@ class GateStatistics:
         self._tapped: set[str] = set()
         self._indices: dict[tuple[str, int], Tensor] = {}
 
-    def to(self, device: torch.device) -> None:
+    def to(self, device: torch.device, memory_format: torch.memory_format = torch.preserve_format) -> None:
         self._device = device
-        self.model.to(device).eval().requires_grad_(self.weights)
+        self.model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+        self.model.eval().requires_grad_(self.weights)
         self._indices = {
             (group.name, i): site.index_CK.to(device)
             for group in self.graph.groups

@@ -46,9 +46,9 @@ class BatchNormStatistics:
                 layer.train()
                 layer.momentum = 1.0  # then the running statistics are exactly those of the last micro-batch
 
-    def to(self, device: torch.device) -> None:
+    def to(self, device: torch.device, memory_format: torch.memory_format = torch.preserve_format) -> None:
         for model in self.models.values():
-            model.to(device)
+            model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
 
     @torch.no_grad()
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:

@@ -30,9 +30,9 @@ class Evaluation:
         self.models = {name: copy.deepcopy(model).eval() for name, model in models.items()}
         self.num_classes, self.reference = num_classes, reference
 
-    def to(self, device: torch.device) -> None:
+    def to(self, device: torch.device, memory_format: torch.memory_format = torch.preserve_format) -> None:
         for model in self.models.values():
-            model.to(device)
+            model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
 
     @torch.inference_mode()
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ def measure_latency(
     device: torch.device | None = None,
     runs: int = 30,
 ) -> dict[str, Any]:
-    """Median time of an eval forward in float32, channels_last on CUDA.
+    """Median time of an eval forward in float32, channels_last.
 
     Args:
         models: by name; copied.
@@ -38,7 +38,7 @@ def measure_latency(
     """
     device = device or torch.device("cpu")
     on_cuda = device.type == "cuda"
-    memory_format = torch.channels_last if on_cuda and len(input_shape) == 3 else torch.contiguous_format
+    memory_format = torch.channels_last if len(input_shape) == 3 else torch.contiguous_format
     placed = {
         name: copy.deepcopy(model).eval().to(device).to(memory_format=memory_format) for name, model in models.items()
     }

@@ -38,8 +38,8 @@ class TrainSettings:
     distill_temperature: float = 2.0
     amp: Literal["auto", "bf16", "off"] = "auto"
     """`auto` is bf16 on CUDA and off elsewhere."""
-    channels_last: bool | None = None
-    """None: on CUDA."""
+    channels_last: bool = True
+    """Faster on GPUs, and on CPUs above all where convolutions are depthwise."""
     clip_grad_norm: float | None = None
     """Largest global norm of a gradient; None = no limit."""
     seed: int = 0
@@ -79,6 +79,6 @@ class TrainSettings:
     def uses_bf16(self, device: torch.device) -> bool:
         return self.amp == "bf16" or (self.amp == "auto" and device.type == "cuda")
 
-    def memory_format(self, device: torch.device) -> torch.memory_format:
-        wanted = device.type == "cuda" if self.channels_last is None else self.channels_last
-        return torch.channels_last if wanted else torch.contiguous_format
+    @property
+    def memory_format(self) -> torch.memory_format:
+        return torch.channels_last if self.channels_last else torch.contiguous_format

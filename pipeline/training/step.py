@@ -31,7 +31,7 @@ class Learner:
                 f"distill_weight is {settings.distill_weight}, but no teacher is given. Give one, or set it to 0."
             )
         self.settings, self.world_size, self.device = settings, world_size, device
-        self.format = settings.memory_format(device)
+        self.format = settings.memory_format
         self.model = copy.deepcopy(model).to(device).to(memory_format=self.format).train()
         self.teacher: nn.Module | None = None
         if teacher is not None and settings.distill_weight > 0:

@@ -21,8 +21,8 @@ from tests.data.making import image, write_parquet
 class Brightness:
     """Rows, and the sum of their red values."""
 
-    def to(self, device: torch.device) -> None:
-        del device
+    def to(self, device: torch.device, memory_format: torch.memory_format) -> None:
+        del device, memory_format
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
         return {"rows": torch.tensor(len(labels_N)), "red": images_NCHW[:, 0].double().mean((1, 2)).sum()}
