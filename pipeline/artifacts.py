@@ -1,6 +1,6 @@
 """Storage: files on any path that pyarrow knows, written whole or not at all, with a fingerprint of what they were made from.
 
-A path is local (`/data/run`, `runs/a`) or a URI (`s3://bucket/run`, `gs://bucket/run`). Local files are written beside their
+A path is local (`/data/run`, `runs/a`) or a URI (`s3://bucket/run?region=eu-west-1`, `gs://bucket/run`). Local files are written beside their
 target, synced and renamed; object stores have no rename and need none: a PUT is seen whole or not at all.
 """
 
@@ -12,10 +12,12 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from pyarrow import ArrowInvalid
 from pyarrow import fs as arrow_fs
 
 
@@ -35,17 +37,24 @@ def is_uri(path: str) -> bool:
 
 
 def join(root: str, *parts: str) -> str:
-    return "/".join([root.rstrip("/"), *parts])
+    """The options of a URI (`?region=...`) stay at its end."""
+    base, mark, options = root.partition("?") if is_uri(root) else (root, "", "")
+    return "/".join([base.rstrip("/"), *parts]) + mark + options
 
 
 def absolute(path: str) -> str:
     """`path` independent of the working directory: Ray's workers run in another one."""
+    path = path.removeprefix("file://")
     return path.rstrip("/") if is_uri(path) else os.path.abspath(os.path.expanduser(path))
 
 
-def _remote(path: str) -> tuple[arrow_fs.FileSystem, str]:
-    filesystem, inner = arrow_fs.FileSystem.from_uri(path)
-    return filesystem, inner
+@contextmanager
+def _remote(path: str) -> Iterator[tuple[arrow_fs.FileSystem, str]]:
+    """The file system of a URI and the path in it; what goes wrong inside names the URI."""
+    try:
+        yield arrow_fs.FileSystem.from_uri(path)
+    except (OSError, ArrowInvalid, NotImplementedError) as error:
+        raise StorageError(f"{path}: {error}. Check the address, its permissions and the network.") from error
 
 
 # --- whole files -------------------------------------------------------------------------------------------------------
@@ -54,8 +63,7 @@ def _remote(path: str) -> tuple[arrow_fs.FileSystem, str]:
 def write_bytes(path: str, data: bytes) -> None:
     """Write `data` to `path` so that a reader sees the old file or the new one, never a part, even after a power cut."""
     if is_uri(path):
-        filesystem, inner = _remote(path)
-        with filesystem.open_output_stream(inner) as stream:
+        with _remote(path) as (filesystem, inner), filesystem.open_output_stream(inner) as stream:
             stream.write(data)
         return
     directory = os.path.dirname(os.path.abspath(path))
@@ -94,25 +102,27 @@ def _discard(path: str) -> None:
 
 def read_bytes(path: str) -> bytes:
     if is_uri(path):
-        filesystem, inner = _remote(path)
-        with filesystem.open_input_file(inner) as stream:
-            return stream.read()
-    with open(path, "rb") as file:
-        return file.read()
+        with _remote(path) as (filesystem, inner), filesystem.open_input_file(inner) as stream:
+            return bytes(stream.read())
+    try:
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise StorageError(error.errno, f"cannot read {path}: {error.strerror}") from error
 
 
 def exists(path: str) -> bool:
     if is_uri(path):
-        filesystem, inner = _remote(path)
-        return filesystem.get_file_info(inner).type != arrow_fs.FileType.NotFound
+        with _remote(path) as (filesystem, inner):
+            return bool(filesystem.get_file_info(inner).type != arrow_fs.FileType.NotFound)
     return os.path.exists(path)
 
 
 def list_dir(path: str) -> list[str]:
     """Names in a directory, sorted; temporary files of unfinished writes are not listed. A missing directory is empty."""
     if is_uri(path):
-        filesystem, inner = _remote(path)
-        infos = filesystem.get_file_info(arrow_fs.FileSelector(inner, allow_not_found=True))
+        with _remote(path) as (filesystem, inner):
+            infos = filesystem.get_file_info(arrow_fs.FileSelector(inner, allow_not_found=True))
         names = [info.base_name for info in infos]
     else:
         names = os.listdir(path) if os.path.isdir(path) else []
@@ -121,8 +131,8 @@ def list_dir(path: str) -> list[str]:
 
 def remove(path: str) -> None:
     if is_uri(path):
-        filesystem, inner = _remote(path)
-        filesystem.delete_file(inner)
+        with _remote(path) as (filesystem, inner):
+            filesystem.delete_file(inner)
     elif os.path.exists(path):
         os.unlink(path)
 
@@ -202,21 +212,26 @@ class Manifest:
         }
 
     def finished(self, stage: str, inputs: Mapping[str, Any]) -> bool:
-        """Is `stage` done from these very inputs? Raises StaleArtifact if it, or a beginning of it, was made from others."""
+        """Is `stage` done from these very inputs? Raises StaleArtifact if it was made from others."""
         record = self.stages.get(stage)
-        if record is None:
+        if record is None or record.state != "done":
             return False
         wanted = sha256_of(inputs)
         if record.fingerprint != wanted:
-            changed = "; ".join(differences(record.inputs, inputs)) or "inputs of an earlier version"
+            changed = "; ".join(self.changes(stage, inputs)) or "inputs of an earlier version"
             raise StaleArtifact(
                 f"{record.artifact or self.path}: stage '{stage}' was made from {short(record.fingerprint)}, this run asks for "
                 f"{short(wanted)} ({changed}). Use another --run-dir, or the first run's values."
             )
-        return record.state == "done"
+        return True
+
+    def changes(self, stage: str, inputs: Mapping[str, Any]) -> list[str]:
+        """What differs from the inputs that the stage was done or begun with."""
+        record = self.stages.get(stage)
+        return differences(record.inputs, inputs) if record else []
 
     def begin(self, stage: str, inputs: Mapping[str, Any]) -> None:
-        """Note the inputs before the work: a half-done stage is not mistaken for one of another configuration."""
+        """Note the inputs before the work. A stage that was begun with others begins anew with these."""
         attempts = self.stages[stage].attempts + 1 if stage in self.stages else 1
         self._put(stage, StageRecord("running", sha256_of(inputs), dict(inputs), "", time.time(), 0.0, attempts))
 

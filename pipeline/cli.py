@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -48,7 +49,7 @@ EXPECTED = (
 def run_job(default: RunConfig, description: str | None = None, arguments: Sequence[str] | None = None) -> None:
     """Entry of a job: command line over its defaults, then the whole run. Exits with 2 on an error that the user can mend."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    command = f"python -m {_module_name()} {' '.join(arguments)}".strip()
+    command = f"python -m {_module_name()} {shlex.join(arguments)}".strip()
     _or_exit(lambda: execute(parse(default, arguments, description), command))
 
 

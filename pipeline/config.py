@@ -225,7 +225,8 @@ class EvaluateConfig(Section):
 
 
 class WorkersConfig(Section):
-    """How much of the cluster to use. Nothing here changes a result, except `threads` and `device` (bits differ between them)."""
+    """How much of the cluster to use. The result of a data pass depends on `device` and `threads` alone; training also on
+    `num_workers`, by rounding and by the rows that one batch norm sees."""
 
     num_workers: int | None = Field(default=None, ge=1)
     """Workers; empty: one for each GPU, or as many as the CPUs allow."""
@@ -286,7 +287,10 @@ def parse(values: dict[str, Any]) -> RunConfig:
 
 def load(path: str) -> RunConfig:
     """A RunConfig from a YAML file."""
-    values = yaml.safe_load(Path(path).read_text())
+    try:
+        values = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no mapping of configuration sections but {type(values).__name__}.")
     return parse(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import platform
 import sys
@@ -60,7 +61,6 @@ class Run:
         self.config = config
         self.command = command
         self.dir = artifacts.absolute(config.run_dir)
-        artifacts.probe_writable(self.dir)
         self.manifest = Manifest(self.dir)
         self._pool: RayPool | None = None
         self._networks: dict[str, nn.Module] = {}
@@ -80,11 +80,24 @@ class Run:
         if self.manifest.finished(name, inputs):
             self.say(f"{name}: done before")
             return
+        if changes := self.manifest.changes(name, inputs):
+            self.say(f"{name}: was begun with other values, begins anew ({'; '.join(changes)})")
         started = time.monotonic()
         self.manifest.begin(name, inputs)
         work()
         self.manifest.finish(name, artifact)
+        self.keep_config()
         self.say(f"{name}: {time.monotonic() - started:.1f} s")
+
+    def scratch(self, kind: str, stage: str) -> str:
+        """RUN/KIND/STAGE-FINGERPRINT, where a stage leaves what it needs to go on: never mixed with that of other inputs."""
+        return self.path(kind, f"{stage}-{artifacts.short(self.manifest.stages[stage].fingerprint)}")
+
+    def keep_config(self) -> None:
+        """RUN/config.yaml is what the run was last continued with."""
+        path, content = self.path("config.yaml"), self.config.to_yaml().encode()
+        if not artifacts.exists(path) or artifacts.read_bytes(path) != content:
+            artifacts.write_bytes(path, content)
 
     # --- workers --------------------------------------------------------------------------------------------------------
 
@@ -143,6 +156,12 @@ class Run:
             interpolation=own["interpolation"],
             crop_fraction=data.crop_fraction or own["crop_pct"],
         )
+
+    @cached_property
+    def checkpoint_sha256(self) -> str | None:
+        """Of the file with the given weights: another one under the same name makes another run."""
+        path = self.config.model.checkpoint
+        return hashlib.sha256(artifacts.read_bytes(zoo.checkpoint_file(path))).hexdigest() if path else None
 
     @cached_property
     def num_classes(self) -> int:
@@ -212,9 +231,9 @@ class Run:
         inputs: Mapping[str, Any],
         title: str,
     ) -> PassResult:
-        """Distribute `task` over `units` with exact sums; goes on from the commits in RUN/units/NAME."""
+        """Distribute `task` over `units` with exact sums, in stage `name`; goes on from that stage's commits."""
         config = self.config
-        ledger = Ledger(self.path("units", name), len(units), artifacts.sha256_of(inputs))
+        ledger = Ledger(self.scratch("units", name), len(units), artifacts.sha256_of(inputs))
         work = Pass(
             task=task,
             source=source,

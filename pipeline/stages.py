@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
@@ -65,17 +64,28 @@ def networks(run: Run) -> list[str]:
 
 def check_early(run: Run) -> None:
     """What would end the run after hours ends it now: names, paths, budgets, the network's size against the labels'."""
-    criteria.find(run.config.score.criterion)
+    config = run.config
+    artifacts.probe_writable(run.dir)
+    criteria.find(config.score.criterion)
     run.fresh()
     _ = run.num_classes
     require_same_classes(run.train_rows, run.val_rows)
-    if run.dir and not artifacts.exists(run.path("config.yaml")):
+    Units(run.train_rows.row_groups, config.score.rows_per_unit, config.score.num_rows)
+    Units(run.val_rows.row_groups, config.evaluate.batch_size, config.evaluate.num_rows)
+    for training in (config.train, config.recover):
+        if training.epochs:
+            training_order(run, training)
+    if not artifacts.exists(run.path("config.yaml")):
         artifacts.write_json(run.path("environment.json"), environment(run))
-        artifacts.write_bytes(run.path("config.yaml"), run.config.to_yaml().encode())
+        run.keep_config()
 
 
 def model_inputs(run: Run) -> dict[str, Any]:
-    return {"model": run.config.model.model_dump(mode="json"), "seed": run.config.seed}
+    return {
+        "model": run.config.model.model_dump(mode="json"),
+        "checkpoint_sha256": run.checkpoint_sha256,
+        "seed": run.config.seed,
+    }
 
 
 # --- the dense network ----------------------------------------------------------------------------------------------------
@@ -91,7 +101,7 @@ def dense(run: Run) -> None:
         model = run.initial()
         state = model.state_dict()
         if run.config.train.epochs:
-            state = run_training(run, "train", run.config.train, model, teacher=None)
+            state = run_training(run, "dense", run.config.train, model, teacher=None)
         run.save_network("dense", state)
 
     run.stage("dense", inputs, run.path("networks", "dense.safetensors"), work)
@@ -111,13 +121,17 @@ def training_inputs(run: Run, training: TrainingConfig) -> dict[str, Any]:
     }
 
 
+def training_order(run: Run, training: TrainingConfig) -> TrainingOrder:
+    return TrainingOrder(run.train_rows.row_groups, training.num_streams, training.batch_size, seed=run.config.seed)
+
+
 def run_training(
-    run: Run, name: str, training: TrainingConfig, model: nn.Module, teacher: nn.Module | None
+    run: Run, stage: str, training: TrainingConfig, model: nn.Module, teacher: nn.Module | None
 ) -> dict[str, Tensor]:
-    """Train over the workers with Ray Train; goes on from the newest checkpoint in RUN/checkpoints/NAME."""
+    """Train over the workers with Ray Train, in `stage`; goes on from that stage's newest checkpoint."""
     run.release_pool()
     config = run.config
-    order = TrainingOrder(run.train_rows.row_groups, training.num_streams, training.batch_size, seed=config.seed)
+    order = training_order(run, training)
     augmentation = Augmentation(
         size=run.input.size,
         mean=run.input.mean,
@@ -144,7 +158,8 @@ def run_training(
         training.loader_processes,
     )
     total = order.steps_per_epoch * training.batch_size * training.epochs
-    with progress(name, total=total, unit="rows", quiet=config.quiet) as bar:
+    storage, _, name = run.scratch("checkpoints", stage).rpartition("/")
+    with progress("train" if stage == "dense" else stage, total=total, unit="rows", quiet=config.quiet) as bar:
 
         def show(history: Any) -> None:
             if history:
@@ -157,7 +172,7 @@ def run_training(
             settings,
             steps_per_epoch=order.steps_per_epoch,
             fingerprint=artifacts.sha256_of({**training_inputs(run, training), "model": state_sha256(model)}),
-            storage_path=run.path("checkpoints"),
+            storage_path=storage,
             name=name,
             num_workers=num_workers,
             use_gpu=run.device == "cuda",
@@ -187,8 +202,12 @@ SHARED_SETTINGS = {
 
 
 def state_sha256(model: nn.Module) -> str:
-    content = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    return hashlib.sha256(save_safetensors(content)).hexdigest()
+    """Over names, types, shapes and bits; tensors may share memory."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        state.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return state.hexdigest()
 
 
 def worker_batches(
@@ -471,13 +490,13 @@ def recover(run: Run) -> None:
     for name in recovered(run):
         inputs = {**training_inputs(run, settings), "weights": weights_sha256(run, f"{name}-calibrated")}
 
-        def work(name: str = name) -> None:
+        stage = "recover" if name == "ours" else f"recover-{name}"
+
+        def work(name: str = name, stage: str = stage) -> None:
             model = run.network(f"{name}-calibrated", plan=name)
             teacher = run.network("dense") if settings.distill_weight else None
-            training = "recover" if name == "ours" else f"recover-{name}"
-            run.save_network(f"{name}-recovered", run_training(run, training, settings, model, teacher))
+            run.save_network(f"{name}-recovered", run_training(run, stage, settings, model, teacher))
 
-        stage = "recover" if name == "ours" else f"recover-{name}"
         run.stage(stage, inputs, run.path("networks", f"{name}-recovered.safetensors"), work)
 
 
@@ -526,27 +545,30 @@ def export(run: Run) -> None:
 
     def work() -> None:
         model = run.config.model
-        classes = run.num_classes
+        kwargs: dict[str, Any] = dict(model.kwargs)
+        if model.num_classes or model.classes:
+            kwargs["num_classes"] = run.num_classes
         artifact.save(
             run.network(weights, plan="ours"),
             plan_,
             run.path("model"),
             factory=model.name,
-            factory_kwargs={**model.kwargs, "num_classes": classes},
-            extra={"top1": top1, "saliency": model_facts(run)},
+            factory_kwargs=kwargs,
+            extra={"top1": top1, **({"classes_of_the_dense_network": list(model.classes)} if model.classes else {})},
             input_size=(3, run.input.size, run.input.size),
+            normalisation=normalisation(run),
         )
 
     inputs = {"weights": weights_sha256(run, weights), "plan": plan_.sha256()}
     run.stage("export", inputs, run.path("model"), work)
 
 
-def model_facts(run: Run) -> dict[str, Any]:
+def normalisation(run: Run) -> dict[str, Any]:
+    """How an image became a tensor in this run, in timm's words."""
     input_ = run.input
     return {
         "mean": list(input_.mean),
         "std": list(input_.std),
         "interpolation": input_.interpolation,
-        "crop_fraction": input_.crop_fraction,
-        "classes": json.loads(json.dumps(run.config.model.classes)),
+        "crop_pct": input_.crop_fraction,
     }

@@ -43,7 +43,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "masks": {"sha256": _masks_sha256(run)},
         "verify": _verify(run),
         "frozen": _frozen(run),
-        "train": _training(run, "train", config.train.epochs),
+        "train": _training(run, "dense", config.train.epochs),
         "recover": _training(run, "recover", config.recover.epochs),
         "stages": [
             {
@@ -147,8 +147,8 @@ def _verify(run: Run) -> dict[str, Any]:
     return {"max_abs_diff": ours.get("max_abs"), "max_rel_diff": ours.get("max_rel"), "rows": ours.get("rows")}
 
 
-def _training(run: Run, name: str, epochs: int) -> dict[str, Any] | None:
-    history = read_history(run.path("checkpoints", name))
+def _training(run: Run, stage: str, epochs: int) -> dict[str, Any] | None:
+    history = read_history(run.scratch("checkpoints", stage)) if stage in run.manifest.stages else []
     if not history:
         return None
     last = history[-1]

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from pipeline.execution.coordinator import Abort, Coordinator, Done, Event, Failed, Joined, Lost, Spawn, Tick, Work
+from pipeline.execution.coordinator import Abort, Coordinator, Done, Event, Joined, Lost, Spawn, Tick, Work
 from pipeline.execution.ledger import Commit, Reading, accept
 from pipeline.saliency.exact import ExactSums, Grid
 
@@ -83,7 +83,7 @@ class Cluster:
         elif fate == "dies":
             self.send(duration / 2, Lost(worker, "killed", end))
         elif fate == "raises":
-            self.send(duration, Failed(worker, lease, "CUDA error", False, end))
+            self.send(duration, Lost(worker, "CUDA error", end))
         elif fate == "commits and dies":
             self.storage.put(units, name)
             self.send(duration, Lost(worker, "killed after its commit", end))

@@ -40,6 +40,23 @@ def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path):
         artifacts.probe_writable(str(tmp_path / "file"))
 
 
+def test_options_of_a_uri_stay_at_its_end():
+    assert artifacts.join("s3://bucket/run/", "a", "b") == "s3://bucket/run/a/b"
+    assert artifacts.join("s3://bucket/run?region=eu-west-1", "a") == "s3://bucket/run/a?region=eu-west-1"
+    assert artifacts.join("/data/what?", "a") == "/data/what?/a"
+
+
+def test_a_file_uri_is_a_local_path_and_is_written_as_safely(tmp_path: Path):
+    assert artifacts.absolute(f"file://{tmp_path}/run") == f"{tmp_path}/run"
+
+
+def test_what_is_missing_or_unreachable_is_named(tmp_path: Path):
+    with pytest.raises(StorageError, match=r"cannot read .*gone"):
+        artifacts.read_bytes(str(tmp_path / "gone"))
+    with pytest.raises(StorageError, match=r"ftp://host/file: .*Check the address"):
+        artifacts.read_bytes("ftp://host/file")
+
+
 def test_broken_json_is_named(tmp_path: Path):
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(StorageError, match=r"a\.json is not valid JSON"):
@@ -63,6 +80,8 @@ def test_a_stage_is_done_only_when_it_was_finished_and_only_for_its_inputs(tmp_p
     assert not manifest.finished("score", {"rows": 1})
     manifest.begin("score", {"rows": 1})
     assert not Manifest(str(tmp_path)).finished("score", {"rows": 1})
+    assert not Manifest(str(tmp_path)).finished("score", {"rows": 3})  # nothing is lost by beginning anew
+    assert manifest.changes("score", {"rows": 3}) == ["rows: 1 -> 3"]
     manifest.finish("score", "saliency")
     assert Manifest(str(tmp_path)).finished("score", {"rows": 1})
     with pytest.raises(StaleArtifact, match=r"stage 'score' was made from \w+, this run asks for \w+ \(rows: 1 -> 2\)"):

@@ -122,7 +122,7 @@ def test_a_killed_worker_changes_no_bit(undisturbed: Run, rows: str, tmp_path: P
     def kill_after_the_first_commit() -> None:
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
-            if any(name.startswith("commit-") for name in artifacts.list_dir(run.path("units", "score"))):
+            if any(Path(run.dir).glob("units/score-*/commit-*")):
                 os.kill(pids[0], signal.SIGKILL)
                 return
             time.sleep(0.001)
@@ -139,9 +139,10 @@ def test_a_run_that_was_cut_off_while_scoring_goes_on_from_its_commits(undisturb
     first = Run(config(rows, tmp_path, 1))
     until_plan(first)
     first.release_pool()
-    commits = [name for name in artifacts.list_dir(first.path("units", "score")) if name.startswith("commit-")]
+    units = first.scratch("units", "score")
+    commits = [name for name in artifacts.list_dir(units) if name.startswith("commit-")]
     for name in commits[len(commits) // 2 :]:  # as if the driver had died before these, and before all that follows
-        artifacts.remove(first.path("units", "score", name))
+        artifacts.remove(artifacts.join(units, name))
     manifest = artifacts.read_json(first.path("manifest.json"))
     manifest["score"] |= {"state": "running", "artifact": "", "finished": 0.0}
     del manifest["plan"]

@@ -1,8 +1,10 @@
 """Who does which unit: a pure state machine. Events in, decisions out; no clock, no files, no ray.
 
 A lease is a set of units that one worker computes and commits as one object. A lease that is lost goes back to the queue, unit by
-unit, so that a unit that kills its worker is found alone. When the queue is empty, a lease that takes several times its due is
-given to a second worker: whichever commits first counts, and the ledger's rule leaves the other out.
+unit, so that a unit that kills its worker is found alone, and after a pause that grows, so that a short outage of the storage passes
+by itself. A worker that fails is replaced, whatever the error: a broken GPU must not get the next lease. When the queue is empty, a
+lease that takes several times its due is given to a second worker: whichever commits first counts, and the ledger's rule leaves the
+other out.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from collections import Counter, deque
 from dataclasses import dataclass, field
 
 import numpy as np
+
+FIRST_PAUSE_S = 1.0
+"""Before a unit that failed once is tried again; four times as long after each further failure."""
 
 # --- events: what happened ---------------------------------------------------------------------------------------------
 
@@ -36,20 +41,8 @@ class Done:
 
 
 @dataclass(frozen=True)
-class Failed:
-    """The code of a lease raised; the worker lives."""
-
-    worker: str
-    lease: int
-    cause: str
-    fatal: bool
-    """The same error would come again anywhere: bad input, a bug, a full disk."""
-    now: float
-
-
-@dataclass(frozen=True)
 class Lost:
-    """A worker died or cannot be reached."""
+    """A worker died, cannot be reached, or raised an error that might not come again elsewhere; it is gone."""
 
     worker: str
     cause: str
@@ -63,7 +56,7 @@ class Tick:
     now: float
 
 
-Event = Joined | Done | Failed | Lost | Tick
+Event = Joined | Done | Lost | Tick
 
 # --- decisions: what to do ---------------------------------------------------------------------------------------------
 
@@ -109,7 +102,7 @@ class Coordinator:
     """Args:
     covered: bool [num_units], units that count already.
     commit_interval_s: how long a lease should take.
-    max_failures: deaths that one unit may cause, and failures in a row without a commit.
+    max_failures: deaths that one unit may cause, and that each place for a worker may see without any commit between them.
     straggler_factor: a lease that takes this many times its due is given out again, once the queue is empty.
     """
 
@@ -125,12 +118,13 @@ class Coordinator:
         self.covered = self.covered.copy()
         self._fresh = np.flatnonzero(~self.covered)
         self._cursor = 0
-        self._returned: deque[int] = deque()
+        self._returned: deque[tuple[float, int]] = deque()  # (not before, unit)
         self._leases: dict[str, _Lease] = {}
         self._idle: dict[str, None] = {}  # insertion order: the longest idle first
         self._failures: Counter[int] = Counter()
         self._unit_seconds: deque[float] = deque(maxlen=64)
         self._failures_in_a_row = 0
+        self._most_workers = 1  # at once, since the last commit
         self._num_leases = 0
         self._remaining = len(self._fresh)
 
@@ -144,23 +138,16 @@ class Coordinator:
         match event:
             case Joined(worker, now):
                 self._idle[worker] = None
+                self._most_workers = max(self._most_workers, len(self._leases) + len(self._idle))
             case Done(worker, lease, now):
                 if not self._holds(worker, lease):
                     return []
                 self._commit(worker, now)
                 self._idle[worker] = None
-            case Failed(worker, lease, cause, fatal, now):
-                if not self._holds(worker, lease):
-                    return []
-                if fatal:
-                    return self._abort(cause)
-                if abort := self._take_back(worker, cause):
-                    return abort
-                self._idle[worker] = None
             case Lost(worker, cause, now):
                 self.num_lost += 1
                 self._idle.pop(worker, None)
-                if abort := self._take_back(worker, cause):
+                if abort := self._take_back(worker, cause, now):
                     return abort
                 return [Spawn(cause), *self._assign(now)]
             case Tick(now):
@@ -179,22 +166,25 @@ class Coordinator:
         lease = self._leases.pop(worker)
         self._unit_seconds.append(max(now - lease.since, 1e-6) / len(lease.units))
         self._failures_in_a_row = 0
+        self._most_workers = len(self._leases) + len(self._idle) + 1
         for unit in lease.units:
             if not self.covered[unit]:
                 self.covered[unit] = True
                 self._remaining -= 1
 
-    def _take_back(self, worker: str, cause: str) -> list[Decision]:
+    def _take_back(self, worker: str, cause: str, now: float) -> list[Decision]:
         self._failures_in_a_row += 1
         lease = self._leases.pop(worker, None)
-        elsewhere = {unit for other in self._leases.values() for unit in other.units}
+        elsewhere = {unit: other for other in self._leases.values() for unit in other.units}
         for unit in lease.units if lease else ():
             self._failures[unit] += 1
             if self._failures[unit] > self.max_failures:
                 return self._abort(f"unit {unit} failed {self._failures[unit]} times, last: {cause}")
-            if not self.covered[unit] and unit not in elsewhere:
-                self._returned.append(unit)
-        if self._failures_in_a_row > self.max_failures + len(self._leases) + len(self._idle):
+            if unit in elsewhere:
+                elsewhere[unit].copied = False  # its copy, or the original, is gone: it may be copied again
+            elif not self.covered[unit]:
+                self._returned.append((now + FIRST_PAUSE_S * 4.0 ** (self._failures[unit] - 1), unit))
+        if self._failures_in_a_row > self.max_failures * self._most_workers:
             return self._abort(f"{self._failures_in_a_row} failures without one commit, last: {cause}")
         return []
 
@@ -207,7 +197,7 @@ class Coordinator:
     def _assign(self, now: float) -> list[Decision]:
         decisions: list[Decision] = []
         for worker in list(self._idle):
-            units = self._next_units() or self._straggling_units(now)
+            units = self._next_units(now) or self._straggling_units(now)
             if not units:
                 break
             del self._idle[worker]
@@ -216,11 +206,14 @@ class Coordinator:
             decisions.append(Work(worker, self._num_leases, units))
         return decisions
 
-    def _next_units(self) -> tuple[int, ...]:
-        while self._returned:
-            unit = self._returned.popleft()
-            if not self.covered[unit]:
+    def _next_units(self, now: float) -> tuple[int, ...]:
+        for _ in range(len(self._returned)):
+            not_before, unit = self._returned.popleft()
+            if self.covered[unit]:
+                continue
+            if not_before <= now:
                 return (unit,)
+            self._returned.append((not_before, unit))
         left = len(self._fresh) - self._cursor
         size = min(left, self._lease_size(left))
         units = self._fresh[self._cursor : self._cursor + size].tolist()

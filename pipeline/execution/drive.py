@@ -15,7 +15,6 @@ from pipeline.execution.coordinator import (
     Coordinator,
     Done,
     Event,
-    Failed,
     Finish,
     Joined,
     Lost,
@@ -38,8 +37,8 @@ class Pool(Protocol):
     def start(self, work: Pass) -> None:
         """Send a pass to every worker."""
 
-    def pilot(self) -> dict[str, Tensor]:
-        """Sums of the first unit, from any worker."""
+    def pilot(self) -> tuple[dict[str, Tensor], str]:
+        """Sums of the first unit from any worker, and the kind of its device."""
 
     def fix_grid(self, grid: Grid) -> None: ...
 
@@ -100,8 +99,9 @@ def run_pass(
         pool.start(work)
         grid = work.ledger.grid()
         if grid is None:
-            grid = Grid.from_pilot(pool.pilot(), num_addends=len(work.units))
-            work.ledger.fix_grid(grid)
+            pilot, processor = pool.pilot()
+            grid = Grid.from_pilot(pilot, num_addends=len(work.units))
+            work.ledger.fix_grid(grid, processor)
         pool.fix_grid(grid)
     else:
         grid = work.ledger.grid()
@@ -114,7 +114,12 @@ def run_pass(
         num_bad = len(reading.bad_rows)
         _drive(coordinator, pool, work, num_bad, max_bad_fraction, on_progress, on_warning)
         num_lost += coordinator.num_lost
-        reading = work.ledger.read(grid=None)
+        num_before, reading = reading.covered.sum(), work.ledger.read(grid=None)
+        if reading.missing and reading.covered.sum() == num_before:
+            raise PassFailed(
+                f"workers say they have committed {len(reading.missing)} units to {work.ledger.directory}, but nothing new is there. Is "
+                "--run-dir on storage that all nodes share?"
+            )
     pool.finish()
     reading = work.ledger.read(grid)
     assert reading.sums is not None
@@ -148,7 +153,7 @@ def _drive(
     """Carry events to the coordinator and its decisions to the pool until it says it is finished, or too many rows are bad."""
     while not coordinator.finished:
         for event in pool.events(timeout_s=1.0):
-            if isinstance(event, Lost | Failed):
+            if isinstance(event, Lost):
                 on_warning(f"worker {event.worker}: {event.cause}")
             if isinstance(event, Done) and event.bad_rows:
                 num_bad += event.bad_rows
@@ -192,7 +197,7 @@ class LocalPool:
         self._worker.load(work)
         self._greeted = False
 
-    def pilot(self) -> dict[str, Tensor]:
+    def pilot(self) -> tuple[dict[str, Tensor], str]:
         return self._worker.pilot()
 
     def fix_grid(self, grid: Grid) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import socket
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -172,9 +173,24 @@ class Ledger:
         self._require_own(stored["fingerprint"], self._grid_path)
         return Grid(exponents=stored["exponents"], addend_bits=stored["addend_bits"])
 
-    def fix_grid(self, grid: Grid) -> None:
+    def fix_grid(self, grid: Grid, processor: str) -> None:
+        """`processor`: kind of the device that worked out the pilot; every commit must come from one of that kind."""
         content = {"exponents": grid.exponents, "addend_bits": grid.addend_bits, "fingerprint": self.fingerprint}
-        artifacts.write_json(self._grid_path, content)
+        artifacts.write_json(self._grid_path, {**content, "processor": processor})
+
+    def require_same_place(self, processor: str) -> None:
+        """In a worker: it sees the driver's directory, and its device gives the bits of the others."""
+        if not artifacts.exists(self._grid_path):
+            raise artifacts.StorageError(
+                f"{self.directory} on {socket.gethostname()} is not the directory of the driver: what the driver wrote there is missing. "
+                "Choose a --run-dir on storage that all nodes share, such as NFS, s3:// or gs://."
+            )
+        first = artifacts.read_json(self._grid_path)["processor"]
+        if processor != first:
+            raise ValueError(
+                f"this pass began on '{first}', and {socket.gethostname()} has '{processor}': floating point differs between the two, so "
+                "their sums do not belong together. Use nodes of one kind, or another --run-dir."
+            )
 
     def _require_own(self, fingerprint: str, path: str) -> None:
         if fingerprint != self.fingerprint:

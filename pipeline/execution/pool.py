@@ -26,7 +26,7 @@ from torch import Tensor
 
 from pipeline.artifacts import StaleArtifact, StorageError
 from pipeline.execution import metrics
-from pipeline.execution.coordinator import Done, Event, Failed, Joined, Lost, Tick
+from pipeline.execution.coordinator import Done, Event, Joined, Lost, Tick
 from pipeline.execution.drive import PassFailed
 from pipeline.execution.worker import Pass, UnitWorker
 from pipeline.saliency.exact import Grid
@@ -68,12 +68,8 @@ def connect(address: str | None, num_cpus: int | None = None) -> None:
 
 
 def choose_device(device: str) -> str:
-    """`auto` takes GPUs when the cluster has any."""
+    """`auto` takes GPUs when the cluster has any now; `cuda` waits for nodes that an autoscaler may still bring."""
     gpus = ray.cluster_resources().get("GPU", 0)
-    if device == "cuda" and not gpus:
-        raise ValueError(
-            "workers.device is cuda, but the cluster has no GPU. Use workers.device=cpu, or start Ray on a node with GPUs."
-        )
     return "cuda" if device == "cuda" or (device == "auto" and gpus) else "cpu"
 
 
@@ -98,7 +94,7 @@ class _Actor:
     def fix_grid(self, grid: Grid) -> None:
         self._worker.fix_grid(grid)
 
-    def pilot(self) -> dict[str, Tensor]:
+    def pilot(self) -> tuple[dict[str, Tensor], str]:
         return self._worker.pilot()
 
     def work(self, units: tuple[int, ...]) -> int:
@@ -149,32 +145,43 @@ class RayPool:
         self._work, self._grid = ray.put(work), None
         for name in list(self._actors):
             self._load(name)
+        self._wait_for_first()
 
     def _load(self, name: str) -> None:
         self._pending[self._actors[name].load.remote(self._work, self._grid)] = (name, 0)
 
-    def pilot(self) -> dict[str, Tensor]:
+    def pilot(self) -> tuple[dict[str, Tensor], str]:
         """Sums of the first unit, from the first worker that is ready; another takes over when it dies."""
-        self._wait_for_first()
+        cause: BaseException | None = None
         for _ in range(4):
-            loaded = [name for name in self._actors if name not in {worker for worker, _ in self._pending.values()}]
-            name = loaded[0] if loaded else next(iter(self._actors))
+            loaded = self._wait_for_first()
+            name, _ = self._pending[loaded]
             try:
+                ray.get(loaded)
                 return ray.get(self._actors[name].pilot.remote())
-            except LOST:
-                self._drop(name)
-                self.spawn()
+            except LOST as error:
+                cause = error
             except RayTaskError as error:
-                raise error.cause if isinstance(error.cause, Exception) else error from None
-        raise PassFailed("four workers died in the first unit. Is there memory enough for score.micro_batch rows?")
+                if isinstance(error.cause, FATAL):
+                    raise error.cause from None
+                cause = error.cause
+            self._drop(name)
+            self.spawn()
+        raise PassFailed(
+            f"four workers failed in the first unit, the last with {_first_line(cause)}. If it is memory, lower the rows of a "
+            "micro-batch (score.micro_batch, calibrate.batch_size, evaluate.batch_size)."
+        )
 
-    def _wait_for_first(self) -> None:
+    def _wait_for_first(self) -> Any:
+        """The loading of the first worker that has come to an end with it, well or not."""
         ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=self.start_timeout_s)
         if not ready:
             raise PassFailed(
                 f"no worker started within {self.start_timeout_s:.0f} s. Each asks for {self.threads} CPU"
-                f"{' and 1 GPU' if self.device == 'cuda' else ''}; the cluster has {ray.available_resources()} free."
+                f"{' and 1 GPU' if self.device == 'cuda' else ''}; the cluster has {ray.available_resources()} free. Give it such nodes, "
+                "or ask for less with workers.device, workers.num_workers or workers.threads."
             )
+        return ready[0]
 
     def fix_grid(self, grid: Grid) -> None:
         self._grid = grid
@@ -188,6 +195,9 @@ class RayPool:
         self._load(self._create())
 
     def events(self, timeout_s: float) -> list[Event]:
+        if not self._pending:
+            time.sleep(timeout_s)
+            return [Tick(time.monotonic())]
         ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)
         if not ready:
             return [Tick(time.monotonic())]
@@ -202,10 +212,10 @@ class RayPool:
             self._drop(worker)
             return Lost(worker, _first_line(error), now)
         except RayTaskError as error:
-            cause = error.cause
-            if lease == 0 or isinstance(cause, FATAL):
-                raise cause if isinstance(cause, Exception) else error from None
-            return Failed(worker, lease, _first_line(cause), False, now)
+            if isinstance(error.cause, FATAL):
+                raise error.cause from None
+            self._drop(worker)
+            return Lost(worker, _first_line(error.cause), now)
         return Done(worker, lease, now, num_bad) if lease else Joined(worker, now)
 
     def _drop(self, worker: str) -> None:
@@ -225,11 +235,18 @@ class RayPool:
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """Run a function in one worker, on its device."""
-        actor = next(iter(self._actors.values()))
-        try:
-            return ray.get(actor.call.remote(function, *args))
-        except RayTaskError as error:
-            raise error.cause if isinstance(error.cause, Exception) else error from None
+        cause: BaseException | None = None
+        for _ in range(4):
+            name = next(iter(self._actors))
+            try:
+                return ray.get(self._actors[name].call.remote(function, *args))
+            except LOST as error:
+                cause = error
+                self._drop(name)
+                self._create()
+            except RayTaskError as error:
+                raise error.cause if isinstance(error.cause, Exception) else error from None
+        raise PassFailed(f"four workers died one after the other, the last with {_first_line(cause)}.")
 
     def close(self) -> None:
         """Free the workers' GPUs and CPUs, and wait until Ray has noticed."""
@@ -241,12 +258,6 @@ class RayPool:
             needed, ray.cluster_resources().get("CPU", 0)
         ):
             time.sleep(0.1)
-
-    def __enter__(self) -> RayPool:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
 
 def _first_line(error: BaseException | None) -> str:

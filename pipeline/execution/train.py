@@ -173,7 +173,10 @@ class _Reporter:
         seconds = record["seconds"]  # rank 0's clock on every rank, so all ranks decide alike
         if self.rank == 0 and seconds - self.written >= self.write_every_s:
             self.written = seconds
-            self.write(history)
+            try:
+                self.write(history)
+            except artifacts.StorageError as error:  # for people and plots: not worth the training
+                logging.getLogger(__name__).warning("metrics are not written: %s", error)
             metrics.gauge("pruning_training_loss", record["loss"])
             metrics.gauge("pruning_training_rows_per_second", record["rows_per_s"])
         if seconds - self.reported >= REPORT_EVERY_S:

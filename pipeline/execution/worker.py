@@ -6,6 +6,7 @@ Between two leases a worker remembers nothing that counts: when it dies, exactly
 from __future__ import annotations
 
 import os
+import platform
 import threading
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -65,6 +66,13 @@ def make_deterministic(device: torch.device, threads: int) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
+def processor(device: torch.device) -> str:
+    """What the bits of a floating-point sum depend on, besides the versions: the GPU's name, or the CPU's instruction set."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
 class UnitWorker:
     """Computes units of one pass at a time."""
 
@@ -72,8 +80,10 @@ class UnitWorker:
         self.device = device
         make_deterministic(device, threads)
         self._pass: Pass | None = None
+        self._admitted = False
 
     def load(self, work: Pass) -> None:
+        self._admitted = False
         work.task.to(self.device, MEMORY_FORMAT)
         self._pass = work
 
@@ -81,13 +91,13 @@ class UnitWorker:
         assert self._pass is not None
         self._pass = replace(self._pass, grid=grid)
 
-    def pilot(self) -> dict[str, Tensor]:
-        """Sums of the first unit that has any row."""
+    def pilot(self) -> tuple[dict[str, Tensor], str]:
+        """Sums of the first unit that has any row, and the kind of this device."""
         assert self._pass is not None
         for unit in range(len(self._pass.units)):
             sums, rows, _ = self._unit(self._batches([unit]))
             if rows:
-                return sums
+                return sums, processor(self.device)
         raise ValueError(
             "no unit has a single readable row. Look at the report's bad rows, or set data.on_bad_row=stop to see the first."
         )
@@ -96,6 +106,9 @@ class UnitWorker:
         """Compute and commit a lease."""
         assert self._pass is not None
         assert self._pass.grid is not None
+        if not self._admitted:
+            self._pass.ledger.require_same_place(processor(self.device))
+            self._admitted = True
         total = ExactSums(self._pass.grid)
         num_rows, bad_rows = 0, []
         batches = prefetch(self._batches(units), depth=2)

@@ -54,6 +54,7 @@ def save(
     factory_kwargs: Mapping[str, Any] | None = None,
     extra: Mapping[str, Any] | None = None,
     input_size: tuple[int, ...] | None = None,
+    normalisation: Mapping[str, Any] | None = None,
 ) -> None:
     """Write `model`, a cut network, as an artifact directory. Whatever is written has been rebuilt and compared before.
 
@@ -66,6 +67,7 @@ def save(
         factory_kwargs: its arguments, plain JSON. Weights that they would load are not loaded.
         extra: plain JSON for architecture.json and the model card, for example {"top1": 0.78}.
         input_size: of one row, (channels, height, width); empty: the timm model's own.
+        normalisation: mean, std, interpolation and crop_pct that the model was used with; empty: the timm model's own.
 
     Raises:
         ArtifactError: the factory builds another network, or `path` holds something else than an artifact.
@@ -74,7 +76,7 @@ def save(
         factory, inferred = timm_factory(model)
         factory_kwargs = {**inferred, **(factory_kwargs or {})}
     kwargs = _offline(factory, dict(factory_kwargs or {}))
-    spec = _spec(model, plan, factory, kwargs, dict(extra or {}), input_size or _input_size(model))
+    spec = _spec(model, plan, factory, kwargs, dict(extra or {}), input_size or _input_size(model), normalisation or {})
     weights = dump_tensors(_stored_tensors(model, spec))
     spec["weights_sha256"] = hashlib.sha256(weights).hexdigest()
     _check_rebuilt(model, spec, load_tensors(weights))
@@ -148,13 +150,14 @@ def _spec(
     kwargs: dict[str, Any],
     extra: dict[str, Any],
     size: tuple[int, ...] | None,
+    normalisation: Mapping[str, Any],
 ) -> dict[str, Any]:
     dense = _build(factory, kwargs)
     _check_structure(model, dense)
     tensors, dense_tensors = dict(named_tensors(model)), dict(named_tensors(dense))
     persistent = set(model.state_dict())
     changed = {name for name in tensors if name not in persistent and not _same(tensors[name], dense_tensors[name])}
-    cfg = _pretrained_cfg(model)
+    cfg = {**_pretrained_cfg(model), **normalisation}
     return {
         "format": FORMAT,
         "factory": factory,
@@ -334,13 +337,13 @@ def architecture(path: str | Path) -> dict[str, Any]:
 
 
 def _read(path: str | Path, name: str) -> bytes:
-    try:
-        return artifacts.read_bytes(artifacts.join(str(path), name))
-    except (FileNotFoundError, NotADirectoryError) as error:
+    file = artifacts.join(str(path), name)
+    if not artifacts.exists(file):
         raise ArtifactError(
             f"{path} is no whole artifact: {name} is missing. An artifact has {WEIGHTS} and {ARCHITECTURE}; "
             "an export that was interrupted leaves nothing, so look for the right path or export again."
-        ) from error
+        )
+    return artifacts.read_bytes(file)
 
 
 def _build(factory: str, kwargs: dict[str, Any]) -> nn.Module:

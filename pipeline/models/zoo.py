@@ -103,11 +103,8 @@ def _from_factory(name: str, kwargs: dict[str, Any]) -> nn.Module:
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
-def read_checkpoint(path: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors or torch file (weights_only), in file order.
-
-    "pkg:PACKAGE/FILE" is a file of an installed package.
-    """
+def checkpoint_file(path: str) -> str:
+    """Where a checkpoint lies; "pkg:PACKAGE/FILE" is a file of an installed package."""
     if path.startswith("pkg:"):
         package, _, file = path.removeprefix("pkg:").partition("/")
         try:
@@ -119,6 +116,12 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
     path = os.path.expanduser(path)
     if not os.path.exists(path):
         raise ModelError(f"there is no checkpoint {path}.")
+    return path
+
+
+def read_checkpoint(path: str) -> dict[str, Tensor]:
+    """Tensors of a safetensors or torch file (weights_only), in file order. `path`: see `checkpoint_file`."""
+    path = checkpoint_file(path)
     try:
         content: Any = (
             load_file(path)

@@ -134,7 +134,7 @@ def load_masks(path: str) -> dict[str, Tensor]:
     """Masks by name, as they were saved.
 
     Raises:
-        FileNotFoundError: nothing is there.
+        StorageError: nothing is there.
         BrokenMasks: the file is cut off, altered, or no mask file.
     """
     data = artifacts.read_bytes(path)

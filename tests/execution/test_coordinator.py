@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.execution.coordinator import Abort, Coordinator, Done, Failed, Finish, Joined, Lost, Spawn, Tick, Work
+from pipeline.execution.coordinator import Abort, Coordinator, Done, Finish, Joined, Lost, Spawn, Tick, Work
 from tests import simulation
 
 
@@ -31,7 +31,7 @@ def test_a_lost_lease_goes_back_unit_by_unit_and_a_worker_is_replaced():
     coordinator.handle(Joined("a", 0.0))
     assert coordinator.handle(Done("a", 1, 1.0)) == [Work("a", 2, (1, 2))]
     assert coordinator.handle(Lost("a", "killed", 2.0)) == [Spawn("killed")]
-    assert coordinator.handle(Joined("b", 3.0)) == [Work("b", 3, (1,))]
+    assert coordinator.handle(Joined("b", 3.0)) == [Work("b", 3, (1,))]  # the pause of one second is over
     assert coordinator.handle(Done("b", 3, 4.0)) == [Work("b", 4, (2,))]
     assert coordinator.num_lost == 1
 
@@ -53,10 +53,37 @@ def test_workers_that_die_before_any_work_end_the_pass():
     ]
 
 
-def test_a_fatal_error_ends_the_pass_at_once():
-    coordinator = fresh(2)
+def test_a_node_that_takes_all_its_workers_with_it_does_not_end_the_pass():
+    coordinator = fresh(100)
+    for i in range(4):
+        coordinator.handle(Joined(f"w{i}", 0.0))
+    for i in range(4):
+        assert coordinator.handle(Lost(f"w{i}", "node died", 1.0)) == [Spawn("node died")]
+    assert coordinator.handle(Joined("w4", 60.0)) == [Work("w4", 5, (0,))]
+
+
+def test_a_unit_that_failed_waits_longer_each_time_while_others_go_on():
+    coordinator = fresh(2, max_failures=3)
     coordinator.handle(Joined("a", 0.0))
-    assert coordinator.handle(Failed("a", 1, "row 7 is no image", True, 1.0)) == [Abort("row 7 is no image")]
+    coordinator.handle(Lost("a", "503", 1.0))
+    assert coordinator.handle(Joined("b", 1.5)) == [Work("b", 2, (1,))]
+    assert coordinator.handle(Joined("c", 1.6)) == []
+    assert coordinator.handle(Tick(2.0)) == [Work("c", 3, (0,))]
+    coordinator.handle(Lost("c", "503", 3.0))
+    coordinator.handle(Joined("d", 4.0))
+    assert coordinator.handle(Tick(6.9)) == []
+    assert coordinator.handle(Tick(7.0)) == [Work("d", 4, (0,))]
+
+
+def test_a_copied_lease_is_copied_again_when_the_copys_worker_dies():
+    coordinator = fresh(3, commit_interval_s=1.0)
+    coordinator.handle(Joined("a", 0.0))
+    coordinator.handle(Joined("hangs", 0.0))
+    coordinator.handle(Done("a", 1, 1.0))
+    coordinator.handle(Done("a", 3, 2.0))
+    assert coordinator.handle(Tick(6.5)) == [Work("a", 4, (1,))]
+    coordinator.handle(Lost("a", "killed", 7.0))
+    assert coordinator.handle(Joined("b", 20.0)) == [Work("b", 5, (1,))]
 
 
 def test_committed_units_are_not_done_again():

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.artifacts import StaleArtifact
+from pipeline.artifacts import StaleArtifact, StorageError
 from pipeline.execution.ledger import Commit, Ledger, accept, digest, format_ranges, parse_ranges
 from pipeline.saliency.exact import Grid
 
@@ -70,10 +70,20 @@ def test_a_commit_of_another_run_is_refused_with_both_fingerprints(tmp_path):
         Ledger(str(tmp_path), 1, "bbbb").read(GRID)
 
 
+def test_a_worker_elsewhere_or_on_another_device_is_refused(tmp_path):
+    ledger = Ledger(str(tmp_path / "shared"), 1, "aaaa")
+    ledger.fix_grid(GRID, "H100")
+    ledger.require_same_place("H100")
+    with pytest.raises(ValueError, match=r"began on 'H100', and .* has 'L4'"):
+        ledger.require_same_place("L4")
+    with pytest.raises(StorageError, match=r"is not the directory of the driver.*that all nodes share"):
+        Ledger(str(tmp_path / "own disk"), 1, "aaaa").require_same_place("H100")
+
+
 def test_the_grid_is_fixed_once_and_belongs_to_its_run(tmp_path):
     ledger = Ledger(str(tmp_path), 1, "aaaa")
     assert ledger.grid() is None
-    ledger.fix_grid(GRID)
+    ledger.fix_grid(GRID, "H100")
     assert ledger.grid() == GRID
     with pytest.raises(StaleArtifact):
         Ledger(str(tmp_path), 1, "bbbb").grid()

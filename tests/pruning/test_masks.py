@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from pipeline.artifacts import StorageError
 from pipeline.pruning.masks import (
     BrokenMasks,
     channel_masks,
@@ -180,5 +181,5 @@ def test_a_safetensors_file_of_something_else_is_no_mask_file(tmp_path):
 
 
 def test_a_missing_file_is_a_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(StorageError):
         load_masks(str(tmp_path / "none"))
