@@ -33,6 +33,9 @@ DATA_DIR = os.path.expanduser("~/.cache/gradient-pruning-pipeline/digits")
 
 def write_digits(directory: str) -> tuple[str, str]:
     """scikit-learn's 1,797 digits as 32 x 32 PNG in Parquet, the last fifth for validation. Returns both paths."""
+    paths = (os.path.join(directory, "train.parquet"), os.path.join(directory, "val.parquet"))
+    if all(map(os.path.exists, paths)):
+        return paths
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -45,9 +48,9 @@ def write_digits(directory: str) -> tuple[str, str]:
     schema = pa.schema([("image", pa.struct([("bytes", pa.binary()), ("path", pa.string())])), ("label", pa.int64())])
     os.makedirs(directory, exist_ok=True)
     split = len(rows) * 4 // 5
-    paths = (os.path.join(directory, "train.parquet"), os.path.join(directory, "val.parquet"))
     for path, part in zip(paths, (rows[:split], rows[split:]), strict=True):
-        pq.write_table(pa.Table.from_pylist(part, schema=schema), path, row_group_size=256)
+        pq.write_table(pa.Table.from_pylist(part, schema=schema), f"{path}.{os.getpid()}", row_group_size=256)
+        os.replace(f"{path}.{os.getpid()}", path)
     return paths
 
 

@@ -1,7 +1,7 @@
 """ResNet-152 on ImageNet with half of its parameters.
 
     python -m jobs.prune_resnet152 --data.train s3://bucket/imagenet/train --data.val s3://bucket/imagenet/val --run-dir s3://bucket/runs/r152
-    ray job submit --address http://head:8265 --working-dir . -- python -m jobs.prune_resnet152 --data.train ... --run-dir ...
+    ray job submit --address http://head:8265 --working-dir . -- python -m jobs.prune_resnet152 --data.train ... --run-dir ... --workers.num-workers 8
 
 Any field of RunConfig can be given (`--help` lists them). The same command resumes. The defaults are meant for 8 GPUs: batch 1024,
 SGD at 0.4 with a cosine over 30 epochs, distilled from the dense network. Without a GPU the workers are CPU processes with gloo.

@@ -239,6 +239,10 @@ class Manifest:
         record = self.stages[stage]
         self._put(stage, replace(record, state="done", artifact=artifact, finished=time.time()))
 
+    def adopt(self, stage: str, record: StageRecord) -> None:
+        """Take over a stage that was done in another run, its artifact having been copied."""
+        self._put(stage, record)
+
     def _put(self, stage: str, record: StageRecord) -> None:
         self.stages[stage] = record
         content = {

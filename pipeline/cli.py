@@ -1,4 +1,4 @@
-"""The command line: `python -m jobs.NAME` runs and resumes, `python -m pipeline status|resume|report|verify|trace` looks and repeats."""
+"""The command line: `python -m jobs.NAME` runs and resumes, `python -m pipeline status|resume|branch|report|verify|trace` looks and repeats."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipeline.models.zoo import ModelError
 from pipeline.pruning.verify import CutMismatch
 from pipeline.report import terminal
 from pipeline.run import Run
-from pipeline.stages import run_all
+from pipeline.stages import branch, run_all
 from pipeline.summary import write_report
 
 EXPECTED = (
@@ -117,6 +117,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):
         one = commands.add_parser(name, help=text, description=text)
         one.add_argument("run", metavar="RUN", help="run directory")
+    text = "a run with another budget or criterion, on the dense network, graph and statistics of RUN: no new pass over the data"
+    branching = commands.add_parser("branch", help=text, description=text)
+    branching.add_argument("run", metavar="RUN", help="run directory to begin with")
+    branching.add_argument("new", metavar="NEW", help="run directory of the new run; the same command resumes it")
+    branching.add_argument(
+        "fields", nargs=argparse.REMAINDER, help="fields that differ: --budget.macs 0.4 --score.criterion fisher"
+    )
     tracing = commands.add_parser("trace", help="channel groups of a network, and what stays whole")
     tracing.add_argument("model", metavar="MODEL_NAME", help="timm name, or package.module:factory")
     tracing.add_argument("--image-size", type=int, default=224)
@@ -141,6 +148,13 @@ def _status(options: argparse.Namespace) -> None:
 
 def _resume(options: argparse.Namespace) -> None:
     execute(_stored(options.run), f"python -m pipeline resume {options.run}")
+
+
+def _branch(options: argparse.Namespace) -> None:
+    stored = _stored(options.run)
+    changed = parse(stored.model_copy(update={"run_dir": artifacts.absolute(options.new)}), options.fields)
+    branch(Run(stored), Run(changed))
+    execute(changed, f"python -m pipeline branch {shlex.join([options.run, options.new, *options.fields])}")
 
 
 def _report(options: argparse.Namespace) -> None:
@@ -170,4 +184,11 @@ def _trace(options: argparse.Namespace) -> None:
         terminal.print_graph(options.model, graph, count(graph, {}), Console())
 
 
-COMMANDS = {"status": _status, "resume": _resume, "report": _report, "verify": _verify, "trace": _trace}
+COMMANDS = {
+    "status": _status,
+    "resume": _resume,
+    "branch": _branch,
+    "report": _report,
+    "verify": _verify,
+    "trace": _trace,
+}

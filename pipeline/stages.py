@@ -62,6 +62,26 @@ def networks(run: Run) -> list[str]:
     return ["ours", *run.config.controls.criteria]
 
 
+SHARED = {
+    "dense": ["networks/dense.safetensors"],
+    "trace": ["graph.json"],
+    "score": ["saliency/statistics.safetensors", "saliency/pass.json"],
+}
+"""What runs with other budgets and criteria have in common, by stage."""
+
+
+def branch(old: Run, new: Run) -> None:
+    """Begin `new` with the dense network, the graph and the statistics of `old`, as far as they are done there."""
+    for stage, files in SHARED.items():
+        record = old.manifest.stages.get(stage)
+        if record is None or record.state != "done" or stage in new.manifest.stages:
+            return
+        for file in files:
+            artifacts.write_bytes(new.path(file), artifacts.read_bytes(old.path(file)))
+        new.manifest.adopt(stage, record)
+        new.say(f"{stage}: taken from {old.dir}")
+
+
 def check_early(run: Run) -> None:
     """What would end the run after hours ends it now: names, paths, budgets, the network's size against the labels'."""
     config = run.config

@@ -213,6 +213,23 @@ def test_weights_that_are_not_finite_are_refused_before_any_work(rows: str, tmp_
     assert not artifacts.exists(run.path("networks", "dense.safetensors"))
 
 
+def test_another_budget_and_criterion_take_over_the_statistics(undisturbed: Run, rows: str, tmp_path: Path):
+    changes = {
+        "budget": BudgetConfig(params=0.6),
+        "score": ScoreConfig(criterion="fisher", rows_per_unit=8, micro_batch=8),
+    }
+    run = Run(config(rows, tmp_path, **changes))
+    stages.branch(undisturbed, run)
+    until_plan(run)
+    run.release_pool()
+    assert not Path(run.path("units")).exists()
+    assert artifacts.read_json(run.path("saliency", "pass.json")) == artifacts.read_json(
+        undisturbed.path("saliency", "pass.json")
+    )
+    assert run.plan("ours").criterion == "fisher"
+    assert run.plan("ours").kept.params <= 0.6 * run.plan("ours").dense.params
+
+
 def test_a_run_directory_of_another_network_is_refused_by_name(undisturbed: Run, rows: str):
     other = Run(
         config(rows, Path(undisturbed.dir), model=ModelConfig(name="resnet14t", pretrained=False, num_classes=4))
