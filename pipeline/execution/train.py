@@ -40,6 +40,7 @@ COLLECTIVE_TIMEOUT_S = 600
 START_FAILURES = 3  # worker groups that may fail to start; Ray's default would try for ever
 ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a cold node imports torch for longer than Ray's 60 s
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # its notices would only be logged: checkpoints cover a preemption
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean in a worker what they mean in the driver
 }
 
