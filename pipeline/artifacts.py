@@ -206,7 +206,8 @@ class Manifest:
 
     def __init__(self, run_dir: str) -> None:
         self.path = join(run_dir, "manifest.json")
-        stored = read_json(self.path) if exists(self.path) else {}
+        self._seen = self._bytes()
+        stored = read_json(self.path) if self._seen else {}
         self.stages = {
             name: StageRecord(**{k: v for k, v in record.items() if k != "seconds"}) for name, record in stored.items()
         }
@@ -244,8 +245,17 @@ class Manifest:
         self._put(stage, record)
 
     def _put(self, stage: str, record: StageRecord) -> None:
+        if self._bytes() != self._seen:
+            raise StorageError(
+                f"{self.path} was changed by somebody else: another driver works in this directory. This one stops; look for the "
+                "other with `ray job list`, or let it finish."
+            )
         self.stages[stage] = record
         content = {
             name: {**asdict(record), "seconds": round(record.seconds, 3)} for name, record in self.stages.items()
         }
         write_json(self.path, content)
+        self._seen = self._bytes()
+
+    def _bytes(self) -> bytes:
+        return read_bytes(self.path) if exists(self.path) else b""

@@ -88,6 +88,16 @@ def test_a_stage_is_done_only_when_it_was_finished_and_only_for_its_inputs(tmp_p
         manifest.finished("score", {"rows": 2})
 
 
+def test_the_second_driver_of_a_run_directory_is_noticed(tmp_path: Path):
+    first = Manifest(str(tmp_path))
+    first.begin("score", {})
+    second = Manifest(str(tmp_path))
+    second.begin("score", {})
+    with pytest.raises(StorageError, match="another driver works in this directory"):
+        first.finish("score", "saliency")
+    second.finish("score", "saliency")
+
+
 def test_a_stage_that_goes_on_counts_its_attempts_and_times_the_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     now = [1000.0]
     monkeypatch.setattr("pipeline.artifacts.time.time", lambda: now[0])
