@@ -178,7 +178,6 @@ def run_training(
         training.loader_processes,
     )
     total = order.steps_per_epoch * training.batch_size * training.epochs
-    storage, _, name = run.scratch("checkpoints", stage).rpartition("/")
     with progress("train" if stage == "dense" else stage, total=total, unit="rows", quiet=config.quiet) as bar:
 
         def show(history: Any) -> None:
@@ -192,8 +191,7 @@ def run_training(
             settings,
             steps_per_epoch=order.steps_per_epoch,
             fingerprint=artifacts.sha256_of({**training_inputs(run, training), "model": state_sha256(model)}),
-            storage_path=storage,
-            name=name,
+            directory=run.scratch("checkpoints", stage),
             num_workers=num_workers,
             use_gpu=run.device == "cuda",
             threads=config.workers.threads,
@@ -274,7 +272,8 @@ def trace_groups(run: Run) -> None:
 
     inputs = {"model": model_inputs(run)["model"], "image_size": run.input.size, "seed": run.config.seed}
     run.stage("trace", inputs, run.path("graph.json"), work)
-    require_reachable(run)
+    if "plan" not in run.manifest.stages:
+        require_reachable(run)
 
 
 def require_reachable(run: Run) -> None:

@@ -74,22 +74,21 @@ def fit(
     *,
     steps_per_epoch: int,
     fingerprint: str,
-    storage_path: str,
-    name: str,
+    directory: str,
     num_workers: int,
     use_gpu: bool = False,
     threads: int = 1,
     max_failures: int = 3,
     on_progress: OnProgress | None = None,
 ) -> TrainResult:
-    """Train with `num_workers` workers on the connected cluster, or go on with what is in `storage_path`/`name`.
+    """Train with `num_workers` workers on the connected cluster, or go on with what is in `directory`.
 
     There it leaves step-*.pt (checkpoints), metrics.jsonl (the history, for people and plots) and final.safetensors.
 
     Args:
         model, teacher, settings, steps_per_epoch, fingerprint: see `training.loop.train`.
         make_batches: gives each worker its share of the data.
-        storage_path, name: directory of this training; local path or URI, shared by all nodes.
+        directory: of this training; local path or URI, shared by all nodes.
         num_workers: each with one GPU (`use_gpu`) and `threads` CPUs, which must be free: close other workers before.
         max_failures: deaths of workers before giving up. Errors that would come again (bad input, a bug, a loss that
             is NaN) are raised at once, as themselves.
@@ -99,7 +98,7 @@ def fit(
         TrainingFailed: too many deaths, or no room for the workers.
         TrainingDiverged, StaleArtifact, and whatever the workers themselves raise.
     """
-    directory = artifacts.join(artifacts.absolute(storage_path), name)
+    directory = artifacts.absolute(directory)
     job = ray.put(_Job(model, teacher, make_batches, settings, steps_per_epoch, fingerprint, directory, threads))
     resources = {"CPU": threads, "GPU": 1} if use_gpu else {"CPU": threads}
     with tempfile.TemporaryDirectory(prefix="ray-train-") as scratch, _environment(), _watched(directory, on_progress):
@@ -109,7 +108,7 @@ def fit(
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources),
             run_config=RunConfig(
-                name=name,
+                name=artifacts.short(fingerprint) or "training",
                 storage_path=scratch,
                 failure_config=FailureConfig(
                     max_failures=max_failures,

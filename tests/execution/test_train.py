@@ -76,8 +76,7 @@ def test_training_goes_on_where_a_killed_worker_left_it(ray_cluster, tmp_path):
         settings,
         steps_per_epoch=STEPS,
         fingerprint="abc",
-        storage_path=str(tmp_path),
-        name="checkpoints",
+        directory=str(tmp_path / "checkpoints"),
         num_workers=2,
         max_failures=1,
         on_progress=kill_once,
@@ -101,8 +100,7 @@ def test_nan_is_raised_as_itself_and_not_retried(ray_cluster, tmp_path):
             toy_settings(),
             steps_per_epoch=STEPS,
             fingerprint="abc",
-            storage_path=str(tmp_path),
-            name="checkpoints",
+            directory=str(tmp_path / "checkpoints"),
             num_workers=2,
         )
     assert "in training worker" in raised.value.__notes__[0]
