@@ -23,7 +23,7 @@ import ray
 import ray.train
 import safetensors.torch
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig, UserCallback
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from torch import nn
@@ -115,6 +115,8 @@ def fit(
                     controller_failure_limit=START_FAILURES,  # type: ignore[call-arg]
                 ),
                 callbacks=[_StopAtFatalErrors()],  # type: ignore[list-item]
+                # A line for each report would bury everything else.
+                logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
             ),
             torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         )
@@ -132,7 +134,6 @@ def fit(
 def _work(config: dict[str, Any]) -> dict[str, Any]:
     job: _Job = ray.get(config["job"])
     torch.set_num_threads(job.threads)
-    logging.getLogger("ray.train").setLevel(logging.WARNING)  # a line for each report would bury everything else
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     reporter = _Reporter(job.directory, rank)
