@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.execution import context as reports
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from torch import nn
 
@@ -115,7 +116,7 @@ def fit(
                     controller_failure_limit=START_FAILURES,  # type: ignore[call-arg]
                 ),
                 callbacks=[_StopAtFatalErrors()],  # type: ignore[list-item]
-                # A line for each report would bury everything else.
+                # Its own lines would bury the progress.
                 logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
             ),
             torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
@@ -134,6 +135,7 @@ def fit(
 def _work(config: dict[str, Any]) -> dict[str, Any]:
     job: _Job = ray.get(config["job"])
     torch.set_num_threads(job.threads)
+    reports.logger.setLevel(logging.WARNING)  # a line for each report; this logger alone is not under "ray.train"
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     reporter = _Reporter(job.directory, rank)
