@@ -37,7 +37,7 @@ def prepare(rows: str, run_dir: Path) -> None:
         run_dir,
         train=training,
         recover=training,
-        workers=WorkersConfig(num_workers=2, commit_interval_s=0.0),
+        workers=WorkersConfig(num_workers=2, commit_interval_s=0.01),
     )
     (run_dir / "given.yaml").write_text(given.to_yaml())
 
