@@ -173,8 +173,20 @@ def test_a_report_of_half_a_run_leaves_open_what_is_not_known(undisturbed: Run, 
     assert (summary["pruned"]["top1_before_recovery"], summary["per_class"]) == (None, [])
 
 
+def truncated_jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(1).integers(0, 255, (16, 16, 3), np.uint8)).save(buffer, format="JPEG")
+    return buffer.getvalue()[:-200]
+
+
 @pytest.mark.parametrize(
-    ("damage", "cause"), [({"bytes": b"only words"}, "image"), ({"label": 1000}, "label"), ({"label": None}, "label")]
+    ("damage", "cause"),
+    [
+        ({"bytes": b"only words"}, "image"),
+        ({"bytes": truncated_jpeg()}, "truncated"),
+        ({"label": 1000}, r"label 1000 is not in 0\.\.3"),
+        ({"label": None}, "label"),
+    ],
 )
 def test_a_bad_row_stops_by_name_and_skipping_it_goes_on_from_there(
     ray_cluster: None, tmp_path: Path, damage: dict[str, object], cause: str
