@@ -92,21 +92,16 @@ def run_pass(
     was mended. Raises PassFailed when the pass cannot be completed.
     """
     started = time.monotonic()
-    reading = work.ledger.read(grid=None)
-    resumed = int(reading.covered.sum())
-    num_lost = 0
+    grid = work.ledger.grid()
+    reading = work.ledger.read(grid)
+    if grid is None and reading.commits:
+        raise PassFailed(
+            f"{work.ledger.directory} has commits, but no grid.json to read them by. Remove the directory."
+        )
+    resumed, num_lost = int(reading.covered.sum()), 0
     if reading.missing:
-        pool.start(work)
-        grid = work.ledger.grid()
-        if grid is None:
-            pilot, processor = pool.pilot()
-            grid = Grid.from_pilot(pilot, num_addends=len(work.units))
-            work.ledger.fix_grid(grid, processor)
-        pool.fix_grid(grid)
-    else:
-        grid = work.ledger.grid()
-        assert grid is not None, "every unit is committed, so the grid was fixed before"
-    work = replace(work, grid=grid)
+        grid = _begin(work, pool, grid)
+        work = replace(work, grid=grid)
     while reading.missing:  # again only if a commit turned out torn or doubled when it was read
         for reason in reading.rejected:
             on_warning(f"left out {reason}")
@@ -114,17 +109,14 @@ def run_pass(
         num_bad = len(reading.bad_rows)
         _drive(coordinator, pool, work, num_bad, max_bad_fraction, on_progress, on_warning)
         num_lost += coordinator.num_lost
-        num_before, reading = reading.covered.sum(), work.ledger.read(grid=None)
+        num_before, reading = reading.covered.sum(), work.ledger.read(grid)
         if reading.missing and reading.covered.sum() == num_before:
             raise PassFailed(
                 f"workers say they have committed {len(reading.missing)} units to {work.ledger.directory}, but nothing new is there. Is "
                 "--run-dir on storage that all nodes share?"
             )
     pool.finish()
-    reading = work.ledger.read(grid)
     assert reading.sums is not None
-    if reading.missing:
-        raise PassFailed(f"{work.ledger.directory}: commits vanished while they were read. Run the same command again.")
     _require_few_bad_rows(reading, work, max_bad_fraction)
     return PassResult(
         values=reading.sums.values(),
@@ -139,6 +131,17 @@ def run_pass(
         rejected_commits=reading.rejected,
         resumed_units=resumed,
     )
+
+
+def _begin(work: Pass, pool: Pool, grid: Grid | None) -> Grid:
+    """Send the pass to the workers; the first of them works out the pilot unless an earlier start did."""
+    pool.start(work)
+    if grid is None:
+        pilot, processor = pool.pilot()
+        grid = Grid.from_pilot(pilot, num_addends=len(work.units))
+        work.ledger.fix_grid(grid, processor)
+    pool.fix_grid(grid)
+    return grid
 
 
 def _drive(
