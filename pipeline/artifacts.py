@@ -138,12 +138,20 @@ def remove(path: str) -> None:
 
 
 def write_json(path: str, value: Any) -> None:
-    write_bytes(path, (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+    write_bytes(path, _json_bytes(value))
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 def read_json(path: str) -> Any:
+    return _parse_json(path, read_bytes(path))
+
+
+def _parse_json(path: str, data: bytes) -> Any:
     try:
-        return json.loads(read_bytes(path))
+        return json.loads(data)
     except ValueError as error:
         raise StorageError(f"{path} is not valid JSON ({error}). Remove it to make it anew.") from error
 
@@ -207,7 +215,7 @@ class Manifest:
     def __init__(self, run_dir: str) -> None:
         self.path = join(run_dir, "manifest.json")
         self._seen = self._bytes()
-        stored = read_json(self.path) if self._seen else {}
+        stored = _parse_json(self.path, self._seen) if self._seen else {}
         self.stages = {
             name: StageRecord(**{k: v for k, v in record.items() if k != "seconds"}) for name, record in stored.items()
         }
@@ -254,8 +262,8 @@ class Manifest:
         content = {
             name: {**asdict(record), "seconds": round(record.seconds, 3)} for name, record in self.stages.items()
         }
-        write_json(self.path, content)
-        self._seen = self._bytes()
+        self._seen = _json_bytes(content)
+        write_bytes(self.path, self._seen)
 
     def _bytes(self) -> bytes:
         return read_bytes(self.path) if exists(self.path) else b""

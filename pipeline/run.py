@@ -228,12 +228,11 @@ class Run:
         units: Units,
         *,
         micro_batch: int,
-        inputs: Mapping[str, Any],
         title: str,
     ) -> PassResult:
         """Distribute `task` over `units` with exact sums, in stage `name`; goes on from that stage's commits."""
         config = self.config
-        ledger = Ledger(self.scratch("units", name), len(units), artifacts.sha256_of(inputs))
+        ledger = Ledger(self.scratch("units", name), len(units), self.manifest.stages[name].fingerprint)
         work = Pass(
             task=task,
             source=source,

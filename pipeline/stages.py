@@ -19,6 +19,7 @@ from pipeline.data.batches import unit_batches
 from pipeline.data.folder import require_same_classes
 from pipeline.data.stream import Augmentation, TrainingOrder, training_loader
 from pipeline.data.units import Units
+from pipeline.execution.ledger import digest
 from pipeline.execution.train import fit
 from pipeline.export import artifact
 from pipeline.models.graph import Graph
@@ -87,7 +88,6 @@ def check_early(run: Run) -> None:
     config = run.config
     artifacts.probe_writable(run.dir)
     criteria.find(config.score.criterion)
-    run.fresh()
     _ = run.num_classes
     require_same_classes(run.train_rows, run.val_rows)
     Units(run.train_rows.row_groups, config.score.rows_per_unit, config.score.num_rows)
@@ -190,7 +190,7 @@ def run_training(
             make_batches,
             settings,
             steps_per_epoch=order.steps_per_epoch,
-            fingerprint=artifacts.sha256_of({**training_inputs(run, training), "model": state_sha256(model)}),
+            fingerprint=artifacts.sha256_of({**training_inputs(run, training), "model": digest(model.state_dict())}),
             directory=run.scratch("checkpoints", stage),
             num_workers=num_workers,
             use_gpu=run.device == "cuda",
@@ -217,15 +217,6 @@ SHARED_SETTINGS = {
     "clip_grad_norm",
     "checkpoint_every_steps",
 }
-
-
-def state_sha256(model: nn.Module) -> str:
-    """Over names, types, shapes and bits; tensors may share memory."""
-    state = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        state.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    return state.hexdigest()
 
 
 def worker_batches(
@@ -310,9 +301,7 @@ def score(run: Run) -> None:
 
     def work() -> None:
         task = GateStatistics(run.network("dense"), graph, weights=with_weights)
-        result = run.data_pass(
-            "score", task, run.train_rows, units, micro_batch=settings.micro_batch, inputs=inputs, title="score"
-        )
+        result = run.data_pass("score", task, run.train_rows, units, micro_batch=settings.micro_batch, title="score")
         values = {name: value.contiguous() for name, value in result.values.items()}
         artifacts.write_bytes(run.path("saliency", "statistics.safetensors"), save_safetensors(values))
         about = {key: value for key, value in asdict(result).items() if key != "values"}
@@ -439,7 +428,6 @@ def calibrate(run: Run) -> None:
             run.train_rows,
             units,
             micro_batch=settings.batch_size,
-            inputs=inputs,
             title="re-estimate batch norm",
         )
         for name, model in models.items():
@@ -483,7 +471,6 @@ def evaluate(run: Run, stage: str, file: str, models: dict[str, tuple[str, str |
             run.val_rows,
             units,
             micro_batch=settings.batch_size,
-            inputs=inputs,
             title=f"evaluate {file} recovery",
         )
         metrics = {name: asdict(value) for name, value in summarise(result.values).items()}

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
@@ -75,12 +76,12 @@ class Commit:
         return save_safetensors({name: tensor.contiguous() for name, tensor in self.totals.items()}, metadata)
 
 
-def digest(totals: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes and content: the identity of a set of exact sums."""
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256 over names, shapes, types and bits: the identity of exact sums, or of weights. Tensors may share memory."""
     state = hashlib.sha256()
-    for name, tensor in sorted(totals.items()):
+    for name, tensor in sorted(tensors.items()):
         state.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-        state.update(tensor.contiguous().numpy().tobytes())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return state.hexdigest()
 
 

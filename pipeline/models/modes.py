@@ -11,10 +11,10 @@ from torch import nn
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode inside, each module's own mode again outside."""
-    training = [module for module in model.modules() if module.training]
+    training = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        for module, mode in training:
+            module.training = mode

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipeline.models.graph import Graph
+from pipeline.models.modes import eval_mode
 from pipeline.models.trace import contractions, statistics
 from pipeline.models.trace.groups import graph_of
 from pipeline.models.trace.labels import Ids, Label, Reason, Slots, core, spread
@@ -289,15 +290,11 @@ def _module_stack(model: nn.Module, trace: Trace) -> Iterator[None]:
 @contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Inside, the network is in eval mode; afterwards it is as before, buffers and random numbers included."""
-    training = [(module, module.training) for module in model.modules()]
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
-    model.eval()
     try:
-        with torch.random.fork_rng(devices=[]):
+        with eval_mode(model), torch.random.fork_rng(devices=[]):
             yield
     finally:
-        for module, mode in training:
-            module.training = mode
         for buffer, version, content in buffers:
             if buffer._version != version:
                 buffer.copy_(content)
