@@ -12,7 +12,7 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -62,16 +62,26 @@ def _remote(path: str) -> Iterator[tuple[arrow_fs.FileSystem, str]]:
 
 def write_bytes(path: str, data: bytes) -> None:
     """Write `data` to `path` so that a reader sees the old file or the new one, never a part, even after a power cut."""
+    write_parts(path, [data])
+
+
+def write_parts(path: str, parts: Iterable[bytes | memoryview]) -> None:
+    """The same for a file that comes in parts: none but the part in hand is in memory."""
     if is_uri(path):
-        with _remote(path) as (filesystem, inner), filesystem.open_output_stream(inner) as stream:
-            stream.write(data)
+        # A stream of an object store that is not closed leaves nothing; leaving the block by an error must not close it.
+        with _remote(path) as (filesystem, inner):
+            stream = filesystem.open_output_stream(inner)
+            for part in parts:
+                stream.write(part)
+            stream.close()
         return
     directory = os.path.dirname(os.path.abspath(path))
     temporary = os.path.join(directory, f".{os.path.basename(path)}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         os.makedirs(directory, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(data)
+            for part in parts:
+                file.write(part)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -80,7 +90,7 @@ def write_bytes(path: str, data: bytes) -> None:
         _discard(temporary)
         raise StorageError(
             error.errno,
-            f"cannot write {path} ({len(data)} bytes): {error.strerror}. What was there before is untouched. "
+            f"cannot write {path}: {error.strerror}. What was there before is untouched. "
             "Free some space or choose a writable --run-dir, then run the same command again.",
         ) from error
 
@@ -111,6 +121,21 @@ def read_bytes(path: str) -> bytes:
         raise StorageError(error.errno, f"cannot read {path}: {error.strerror}") from error
 
 
+@contextmanager
+def open_file(path: str) -> Iterator[Any]:
+    """A file for reading in parts: `read` and `seek`."""
+    if is_uri(path):
+        with _remote(path) as (filesystem, inner), filesystem.open_input_file(inner) as stream:
+            yield stream
+        return
+    try:
+        file = open(path, "rb")
+    except OSError as error:
+        raise StorageError(error.errno, f"cannot read {path}: {error.strerror}") from error
+    with file:
+        yield file
+
+
 def exists(path: str) -> bool:
     if is_uri(path):
         with _remote(path) as (filesystem, inner):
@@ -120,13 +145,28 @@ def exists(path: str) -> bool:
 
 def list_dir(path: str) -> list[str]:
     """Names in a directory, sorted; temporary files of unfinished writes are not listed. A missing directory is empty."""
+    return list(list_sizes(path))
+
+
+def list_sizes(path: str) -> dict[str, int]:
+    """The same with the size of each file in bytes."""
     if is_uri(path):
         with _remote(path) as (filesystem, inner):
             infos = filesystem.get_file_info(arrow_fs.FileSelector(inner, allow_not_found=True))
-        names = [info.base_name for info in infos]
+        sizes = {info.base_name: int(info.size or 0) for info in infos}
+    elif os.path.isdir(path):
+        with os.scandir(path) as entries:
+            sizes = {entry.name: size for entry in entries if (size := _size(entry)) is not None}
     else:
-        names = os.listdir(path) if os.path.isdir(path) else []
-    return sorted(name for name in names if not name.startswith("."))
+        sizes = {}
+    return {name: sizes[name] for name in sorted(sizes) if not name.startswith(".")}
+
+
+def _size(entry: os.DirEntry[str]) -> int | None:
+    try:
+        return entry.stat().st_size
+    except FileNotFoundError:  # a temporary file that was renamed meanwhile
+        return None
 
 
 def remove(path: str) -> None:

@@ -60,7 +60,7 @@ class Batch:
     """One micro-batch. N may be smaller than asked for, even 0, when rows were skipped."""
 
     images_NCHW: Tensor
-    """float32."""
+    """float32, channels_last: as decoders write pixels, and as the networks of a pass want them."""
     labels_N: Tensor
     """int64."""
     bad_rows: tuple[BadRow, ...] = ()
@@ -146,7 +146,8 @@ class _Pending:
         self, rows: list[Row], decoder: Decoder, num_classes: int, executor: Executor | None = None, threads: int = 1
     ) -> None:
         self.rows = rows
-        self.images = torch.empty(len(rows), 3, decoder.size, decoder.size)
+        shape = (len(rows), 3, decoder.size, decoder.size)
+        self.images = torch.empty(shape, memory_format=torch.channels_last)
         self._decoder = decoder
         self._num_classes = num_classes
         self._jobs: list[Future[list[BadRow | None]]] = []

@@ -99,15 +99,24 @@ class Normalise:
 
     @cached_property
     def _factors(self) -> tuple[Tensor, Tensor]:
-        std = torch.tensor(self.std, dtype=torch.float64).view(3, 1, 1)
-        mean = torch.tensor(self.mean, dtype=torch.float64).view(3, 1, 1)
+        """Scale and shift, float32 [3] each."""
+        std = torch.tensor(self.std, dtype=torch.float64)
+        mean = torch.tensor(self.mean, dtype=torch.float64)
         return (1 / (255 * std)).float(), (-mean / std).float()
 
     def into_(self, out_CHW: Tensor, pixels_CHW: Tensor) -> None:
-        """Write into float32 `out_CHW`. Multiplication and addition are two operations, each rounded by itself:
-        fused, their bits would depend on how a processor's vector units cut the tensor."""
-        scale, shift = self._factors
-        out_CHW.copy_(pixels_CHW).mul_(scale).add_(shift)
+        """Write into float32 `out_CHW`, whose memory format changes no bit. Multiplication and addition are two
+        operations, each rounded by itself: fused, their bits would depend on how a processor's vector units cut the
+        tensor."""
+        scale_C, shift_C = self._factors
+        out_HWC, pixels_HWC = out_CHW.permute(1, 2, 0), pixels_CHW.permute(1, 2, 0)
+        if out_HWC.is_contiguous():
+            # Three channels are too few for a vector, a row of width * 3 numbers is not: twice as fast as planes, and
+            # seven times as fast as the general case on this memory.
+            width = out_CHW.shape[-1]
+            out_HWC.flatten(1).copy_(pixels_HWC.flatten(1)).mul_(scale_C.repeat(width)).add_(shift_C.repeat(width))
+        else:
+            out_CHW.copy_(pixels_CHW).mul_(scale_C[:, None, None]).add_(shift_C[:, None, None])
 
 
 @dataclass(frozen=True)

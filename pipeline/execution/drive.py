@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -24,7 +25,7 @@ from pipeline.execution.coordinator import (
 )
 from pipeline.execution.ledger import Reading, digest
 from pipeline.execution.worker import Pass, UnitWorker
-from pipeline.saliency.exact import Grid
+from pipeline.saliency.exact import Grid, Magnitudes
 
 
 class PassFailed(RuntimeError):
@@ -37,8 +38,8 @@ class Pool(Protocol):
     def start(self, work: Pass) -> None:
         """Send a pass to every worker."""
 
-    def pilot(self) -> tuple[dict[str, Tensor], str]:
-        """Sums of the first unit from any worker, and the kind of its device."""
+    def pilot(self) -> tuple[Magnitudes, str]:
+        """Magnitudes of the sums of the first unit, from any worker, and the kind of its device."""
 
     def fix_grid(self, grid: Grid) -> None: ...
 
@@ -83,37 +84,44 @@ def run_pass(
     commit_interval_s: float = 30.0,
     max_failures: int = 3,
     max_bad_fraction: float = 0.001,
+    stride: int = 1,
     on_progress: Callable[[int], None] = lambda rows: None,
     on_warning: Callable[[str], None] = lambda text: None,
 ) -> PassResult:
-    """Run every unit of `work` exactly once and return the exact sums.
+    """Run every unit of `work` exactly once and return the exact sums; with a `stride` of data.units.STRIDES every `stride`-th unit.
 
     Goes on from the commits that the ledger holds. `on_progress` is told the rows that are done, `on_warning` what went wrong and
     was mended. Raises PassFailed when the pass cannot be completed.
     """
     started = time.monotonic()
+    wanted = np.zeros(len(work.units), dtype=bool)
+    wanted[::stride] = True
     grid = work.ledger.grid()
-    reading = work.ledger.read(grid)
+    reading = work.ledger.coverage()
     if grid is None and reading.commits:
         raise PassFailed(
             f"{work.ledger.directory} has commits, but no grid.json to read them by. Remove the directory."
         )
-    resumed, num_lost = int(reading.covered.sum()), 0
-    if reading.missing:
+    resumed, num_lost = int((reading.covered & wanted).sum()), 0
+    if resumed < wanted.sum():
         grid = _begin(work, pool, grid)
         work = replace(work, grid=grid)
-    while reading.missing:  # again only if a commit turned out torn or doubled when it was read
-        for reason in reading.rejected:
-            on_warning(f"left out {reason}")
-        coordinator = Coordinator(reading.covered, commit_interval_s=commit_interval_s, max_failures=max_failures)
-        num_bad = len(reading.bad_rows)
-        _drive(coordinator, pool, work, num_bad, max_bad_fraction, on_progress, on_warning)
-        num_lost += coordinator.num_lost
-        num_before, reading = reading.covered.sum(), work.ledger.read(grid)
-        if reading.missing and reading.covered.sum() == num_before:
+    while (left := int((wanted & ~reading.covered).sum())) or reading.sums is None:
+        if left:
+            for reason in reading.rejected:
+                on_warning(f"left out {reason}")
+            coordinator = Coordinator(
+                reading.covered | ~wanted, commit_interval_s=commit_interval_s, max_failures=max_failures
+            )
+            _drive(coordinator, pool, work, len(reading.bad_rows), max_bad_fraction, on_progress, on_warning)
+            num_lost += coordinator.num_lost
+            reading = work.ledger.coverage()
+        else:  # all there by their headers; a commit whose sums turn out broken is done again
+            reading = work.ledger.read(grid)
+        if left and int((wanted & ~reading.covered).sum()) == left:
             raise PassFailed(
-                f"workers say they have committed {len(reading.missing)} units to {work.ledger.directory}, but nothing new is there. Is "
-                "--run-dir on storage that all nodes share?"
+                f"workers say they have committed {left} units to {work.ledger.directory}, but nothing new is there. Is --run-dir on "
+                "storage that all nodes share?"
             )
     pool.finish()
     assert reading.sums is not None
@@ -122,7 +130,7 @@ def run_pass(
         values=reading.sums.values(),
         sha256=digest(reading.sums.totals),
         rows=reading.rows,
-        units=len(work.units),
+        units=int(wanted.sum()),
         workers=pool.num_workers,
         seconds=time.monotonic() - started,
         bad_rows=reading.bad_rows,
@@ -138,7 +146,7 @@ def _begin(work: Pass, pool: Pool, grid: Grid | None) -> Grid:
     pool.start(work)
     if grid is None:
         pilot, processor = pool.pilot()
-        grid = Grid.from_pilot(pilot, num_addends=len(work.units))
+        grid = Grid.from_pilot(pilot, num_addends=len(work.units), segments=work.task.segments)
         work.ledger.fix_grid(grid, processor)
     pool.fix_grid(grid)
     return grid
@@ -161,7 +169,7 @@ def _drive(
             if isinstance(event, Done) and event.bad_rows:
                 num_bad += event.bad_rows
                 if num_bad > max_bad_fraction * work.units.num_rows:  # by this count; what the ledger accepts decides
-                    _require_few_bad_rows(work.ledger.read(grid=None), work, max_bad_fraction)
+                    _require_few_bad_rows(work.ledger.coverage(), work, max_bad_fraction)
             for decision in coordinator.handle(event):
                 match decision:
                     case Work(worker, lease, units):
@@ -200,7 +208,7 @@ class LocalPool:
         self._worker.load(work)
         self._greeted = False
 
-    def pilot(self) -> tuple[dict[str, Tensor], str]:
+    def pilot(self) -> tuple[Magnitudes, str]:
         return self._worker.pilot()
 
     def fix_grid(self, grid: Grid) -> None:

@@ -13,21 +13,24 @@ import hashlib
 import json
 import socket
 import uuid
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
 from pipeline import artifacts
 from pipeline.saliency.exact import ExactSums, Grid
 
 SUFFIX = ".safetensors"
+HEAD = 1 << 14
+"""Bytes of a commit that are read at once to learn which units it holds; more only if its header is longer."""
+READERS = 16
+"""Headers that are read at the same time: on an object store each one is a wait of tens of milliseconds."""
 
 
 def format_ranges(units: Iterable[int]) -> str:
@@ -46,34 +49,44 @@ def format_ranges(units: Iterable[int]) -> str:
     return ",".join(parts)
 
 
-def parse_ranges(text: str) -> list[int]:
-    units: list[int] = []
-    for part in filter(None, text.split(",")):
-        first, _, last = part.partition("-")
-        units.extend(range(int(first), int(last or first) + 1))
-    return units
+def parse_ranges(text: str) -> np.ndarray:
+    """int64 [units] from the text of `format_ranges`."""
+    pairs = [part.partition("-") for part in filter(None, text.split(","))]
+    ranges = [np.arange(int(first), int(last or first) + 1) for first, _, last in pairs]
+    return np.concatenate(ranges) if ranges else np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
 class Commit:
     """Partial sums and the units inside them."""
 
-    units: tuple[int, ...]
+    units: Sequence[int] | np.ndarray
     rows: int
     totals: Mapping[str, Tensor] = field(repr=False)
     """int64, on the run's grid."""
     bad_rows: tuple[dict[str, Any], ...] = ()
     name: str = ""
 
-    def to_bytes(self, fingerprint: str) -> bytes:
+    def parts(self, fingerprint: str) -> Iterator[bytes | memoryview]:
+        """The bytes of its file, tensor by tensor: a safetensors file whose header tells all but the sums."""
+        totals = {name: self.totals[name].detach().cpu().contiguous() for name in sorted(self.totals)}
+        data = {name: memoryview(total.reshape(-1).numpy()).cast("B") for name, total in totals.items()}
         metadata = {
             "units": format_ranges(self.units),
             "rows": str(self.rows),
             "bad_rows": json.dumps(self.bad_rows),
             "fingerprint": fingerprint,
-            "digest": digest(self.totals),
+            "crc32": json.dumps({name: zlib.crc32(view) for name, view in data.items()}),
         }
-        return save_safetensors({name: tensor.contiguous() for name, tensor in self.totals.items()}, metadata)
+        header: dict[str, Any] = {"__metadata__": metadata}
+        end = 0
+        for name, total in totals.items():
+            start, end = end, end + data[name].nbytes
+            header[name] = {"dtype": "I64", "shape": list(total.shape), "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        yield len(text).to_bytes(8, "little") + text
+        yield from data.values()
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -88,25 +101,75 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 class TornCommit(ValueError):
     """A commit file that is not whole."""
 
+    def __init__(self, name: str, cause: str) -> None:
+        super().__init__(f"{name}: {cause}")
+        self.name = name
 
-def parse_commit(data: bytes, name: str) -> tuple[Commit, str]:
-    """A commit and its fingerprint from the bytes of its file; TornCommit if a byte is missing or wrong."""
-    try:
-        totals = load_safetensors(data)
-        header_size = int.from_bytes(data[:8], "little")
-        metadata = json.loads(data[8 : 8 + header_size])["__metadata__"]
-        if digest(totals) != metadata["digest"]:
-            raise TornCommit(f"{name}: the sums do not have the digest that the file names")
-        commit = Commit(
-            units=tuple(parse_ranges(metadata["units"])),
-            rows=int(metadata["rows"]),
-            totals=totals,
-            bad_rows=tuple(json.loads(metadata["bad_rows"])),
-            name=name,
-        )
-        return commit, metadata["fingerprint"]
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise TornCommit(f"{name}: {error}") from error
+
+@dataclass(frozen=True)
+class StoredCommit:
+    """A commit on storage: what its header says. Its sums are read when they are asked for."""
+
+    path: str
+    name: str
+    units: np.ndarray = field(repr=False)
+    rows: int
+    bad_rows: tuple[dict[str, Any], ...]
+    fingerprint: str
+    tensors: Mapping[str, Any] = field(repr=False)
+    """Name -> shape and data_offsets, as in a safetensors header."""
+    crc32: Mapping[str, int] = field(repr=False)
+
+    @classmethod
+    def open(cls, path: str, name: str, size: int) -> StoredCommit:
+        """Raises TornCommit if the file is shorter or longer than its header says."""
+        try:
+            header, start = _header(path)
+            metadata = header.pop("__metadata__")
+            whole = start + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+            if size != whole:
+                raise ValueError(f"the file has {size} bytes, its header says {whole}")
+            return cls(
+                path=path,
+                name=name,
+                units=parse_ranges(metadata["units"]),
+                rows=int(metadata["rows"]),
+                bad_rows=tuple(json.loads(metadata["bad_rows"])),
+                fingerprint=metadata["fingerprint"],
+                tensors={key: {**tensor, "start": start} for key, tensor in header.items()},
+                crc32=json.loads(metadata["crc32"]),
+            )
+        except (KeyError, TypeError, ValueError) as error:
+            raise TornCommit(name, str(error)) from error
+
+    @property
+    def totals(self) -> dict[str, Tensor]:
+        """Raises TornCommit if a byte is wrong."""
+        found = {}
+        with artifacts.open_file(self.path) as file:
+            for key, tensor in self.tensors.items():
+                first, last = tensor["data_offsets"]
+                file.seek(tensor["start"] + first)
+                data = bytearray(file.read(last - first))
+                if zlib.crc32(data) != self.crc32[key]:
+                    raise TornCommit(self.name, f"the sums of {key} do not have the checksum that the file names")
+                found[key] = torch.frombuffer(data, dtype=torch.int64).reshape(tensor["shape"])
+        return found
+
+
+def _header(path: str) -> tuple[dict[str, Any], int]:
+    """A safetensors header, and where the data begin."""
+    with artifacts.open_file(path) as file:
+        head = file.read(HEAD)
+        end = 8 + int.from_bytes(head[:8], "little")
+        if end > len(head) == HEAD:
+            head += file.read(end - len(head))
+    if len(head) < max(end, 9):
+        raise ValueError("the file ends within its header")
+    header = json.loads(head[8:end])
+    if not isinstance(header, dict):
+        raise ValueError("the header is no JSON object")
+    return header, end
 
 
 @dataclass
@@ -127,7 +190,7 @@ class Reading:
         return np.flatnonzero(~self.covered).tolist()
 
 
-def accept(commits: Iterable[Commit], num_units: int, grid: Grid | None) -> Reading:
+def accept(commits: Iterable[Commit | StoredCommit], num_units: int, grid: Grid | None) -> Reading:
     """Take commits in the given order as long as they share no unit with one taken before."""
     reading = Reading(np.zeros(num_units, dtype=bool), ExactSums(grid) if grid else None)
     for commit in commits:
@@ -172,12 +235,13 @@ class Ledger:
             return None
         stored = artifacts.read_json(self._grid_path)
         self._require_own(stored["fingerprint"], self._grid_path)
-        return Grid(exponents=stored["exponents"], addend_bits=stored["addend_bits"])
+        segments = {name: tuple(sizes) for name, sizes in stored["segments"].items()}
+        return Grid(exponents=stored["exponents"], addend_bits=stored["addend_bits"], segments=segments)
 
     def fix_grid(self, grid: Grid, processor: str) -> None:
         """`processor`: kind of the device that worked out the pilot; every commit must come from one of that kind."""
-        content = {"exponents": grid.exponents, "addend_bits": grid.addend_bits, "fingerprint": self.fingerprint}
-        artifacts.write_json(self._grid_path, {**content, "processor": processor})
+        content = {**asdict(grid), "fingerprint": self.fingerprint, "processor": processor}
+        artifacts.write_json(self._grid_path, content)
 
     def require_same_place(self, processor: str) -> None:
         """In a worker: it sees the driver's directory, and its device gives the bits of the others."""
@@ -205,24 +269,46 @@ class Ledger:
     def write(self, commit: Commit) -> str:
         """Put a commit on storage; from here on its units count. Returns its name."""
         name = f"commit-{min(commit.units):09d}-{uuid.uuid4().hex[:12]}{SUFFIX}"
-        artifacts.write_bytes(artifacts.join(self.directory, name), commit.to_bytes(self.fingerprint))
+        artifacts.write_parts(artifacts.join(self.directory, name), commit.parts(self.fingerprint))
         return name
 
-    def read(self, grid: Grid | None) -> Reading:
-        """Read all commits and apply the rule of acceptance. With grid=None only coverage is read, not the sums."""
-        torn: list[str] = []
-        reading = accept(self._commits(torn), self.num_units, grid)
+    def coverage(self) -> Reading:
+        """Which units count, from the headers of the commits: the sums stay where they are."""
+        stored, torn = self._stored()
+        reading = accept(stored, self.num_units, grid=None)
         reading.rejected += torn
         return reading
 
-    def _commits(self, torn: list[str]) -> Iterator[Commit]:
-        names: Sequence[str] = [name for name in artifacts.list_dir(self.directory) if name.startswith("commit-")]
-        for name in names:
-            path = artifacts.join(self.directory, name)
+    def read(self, grid: Grid | None) -> Reading:
+        """The accepted commits and, on a grid, their sums: in memory are the sums and one commit."""
+        stored, torn = self._stored()
+        while True:
             try:
-                commit, fingerprint = parse_commit(artifacts.read_bytes(path), name)
-            except TornCommit as error:
+                reading = accept(stored, self.num_units, grid)
+            except (
+                TornCommit
+            ) as error:  # its header was whole, its sums are not: another one may now be accepted in its place
+                stored = [commit for commit in stored if commit.name != error.name]
                 torn.append(str(error))
                 continue
-            self._require_own(fingerprint, path)
-            yield commit
+            reading.rejected += torn
+            return reading
+
+    def _stored(self) -> tuple[list[StoredCommit], list[str]]:
+        """Whole commits in the order of their names, and why others are not."""
+        sizes = {
+            name: size for name, size in artifacts.list_sizes(self.directory).items() if name.startswith("commit-")
+        }
+
+        def look(name: str) -> StoredCommit | TornCommit:
+            try:
+                return StoredCommit.open(artifacts.join(self.directory, name), name, sizes[name])
+            except TornCommit as error:
+                return error
+
+        with ThreadPoolExecutor(READERS) as readers:
+            found = list(readers.map(look, sizes))
+        whole = [commit for commit in found if isinstance(commit, StoredCommit)]
+        for commit in whole:
+            self._require_own(commit.fingerprint, commit.path)
+        return whole, [str(error) for error in found if isinstance(error, TornCommit)]

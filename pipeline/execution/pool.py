@@ -22,14 +22,13 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
-from torch import Tensor
 
 from pipeline.artifacts import StaleArtifact, StorageError
 from pipeline.execution import metrics
 from pipeline.execution.coordinator import Done, Event, Joined, Lost, Tick
 from pipeline.execution.drive import PassFailed
 from pipeline.execution.worker import Pass, UnitWorker
-from pipeline.saliency.exact import Grid
+from pipeline.saliency.exact import Grid, Magnitudes
 
 LOST = (RayActorError, OutOfMemoryError, ObjectLostError, NodeDiedError, WorkerCrashedError)
 FATAL = (
@@ -94,7 +93,7 @@ class _Actor:
     def fix_grid(self, grid: Grid) -> None:
         self._worker.fix_grid(grid)
 
-    def pilot(self) -> tuple[dict[str, Tensor], str]:
+    def pilot(self) -> tuple[Magnitudes, str]:
         return self._worker.pilot()
 
     def work(self, units: tuple[int, ...]) -> int:
@@ -150,8 +149,8 @@ class RayPool:
     def _load(self, name: str) -> None:
         self._pending[self._actors[name].load.remote(self._work, self._grid)] = (name, 0)
 
-    def pilot(self) -> tuple[dict[str, Tensor], str]:
-        """Sums of the first unit, from the first worker that is ready; another takes over when it dies."""
+    def pilot(self) -> tuple[Magnitudes, str]:
+        """Of the first unit, from the first worker that is ready; another takes over when it dies."""
         cause: BaseException | None = None
         for _ in range(4):
             loaded = self._wait_for_first()

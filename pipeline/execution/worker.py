@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from queue import Queue
 from typing import Any, Protocol, TypeVar
@@ -18,9 +18,9 @@ from torch import Tensor
 
 from pipeline.data.batches import Batch, Decoder, unit_batches
 from pipeline.data.rows import Source
-from pipeline.data.units import Units
+from pipeline.data.units import STRIDES, Units
 from pipeline.execution.ledger import Commit, Ledger
-from pipeline.saliency.exact import ExactSums, Grid
+from pipeline.saliency.exact import ExactSums, Grid, Magnitudes, SumOverflow, magnitudes
 
 T = TypeVar("T")
 MEMORY_FORMAT = torch.channels_last
@@ -30,10 +30,15 @@ MEMORY_FORMAT = torch.channels_last
 class Task(Protocol):
     """One micro-batch -> additive sums. Owns its models; is sent to the workers as it is."""
 
+    nested: frozenset[str]
+    """Sums that are also kept over every 2nd, 4th ... unit (data.units.STRIDES), to see how they settle."""
+    segments: Mapping[str, tuple[int, ...]]
+    """Sums whose parts differ in scale: sizes of the parts of their last dimension."""
+
     def to(self, device: torch.device, memory_format: torch.memory_format, /) -> None: ...
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
-        """float64 or int64 sums that add up over micro-batches."""
+        """Float or int64 sums that add up over micro-batches; tensors that nobody else holds, since they are added to in place."""
         ...
 
 
@@ -67,10 +72,11 @@ def make_deterministic(device: torch.device, threads: int) -> None:
 
 
 def processor(device: torch.device) -> str:
-    """What the bits of a floating-point sum depend on, besides the versions: the GPU's name, or the CPU's instruction set."""
+    """What the bits of a floating-point sum depend on: the GPU's name, or the CPU's instruction set and threads; torch's version."""
     if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
+    capability = torch.backends.cpu.get_cpu_capability()
+    return f"{platform.machine()} {capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 class UnitWorker:
@@ -91,13 +97,13 @@ class UnitWorker:
         assert self._pass is not None
         self._pass = replace(self._pass, grid=grid)
 
-    def pilot(self) -> tuple[dict[str, Tensor], str]:
-        """Sums of the first unit that has any row, and the kind of this device."""
+    def pilot(self) -> tuple[Magnitudes, str]:
+        """Magnitudes of the sums of the first unit that has any row, and the kind of this device."""
         assert self._pass is not None
         for unit in range(len(self._pass.units)):
             sums, rows, _ = self._unit(self._batches([unit]))
             if rows:
-                return sums, processor(self.device)
+                return magnitudes(sums, self._pass.task.segments), processor(self.device)
         raise ValueError(
             "no unit has a single readable row. Look at the report's bad rows, or set data.on_bad_row=stop to see the first."
         )
@@ -113,9 +119,13 @@ class UnitWorker:
         num_rows, bad_rows = 0, []
         batches = prefetch(self._batches(units), depth=2)
         try:
-            for _ in units:
+            for unit in units:
                 sums, rows, bad = self._unit(batches)
-                total.add(sums)
+                strides = [stride for stride in STRIDES if unit % stride == 0]
+                try:
+                    total.add(sums, strides, self._pass.task.nested)
+                except SumOverflow as error:
+                    raise SumOverflow(f"{self._where(unit)}: {error}") from error
                 num_rows += rows
                 bad_rows += bad
         finally:
@@ -123,6 +133,11 @@ class UnitWorker:
         commit = Commit(tuple(units), num_rows, total.totals, tuple(bad_rows))
         self._pass.ledger.write(commit)
         return commit
+
+    def _where(self, index: int) -> str:
+        assert self._pass is not None
+        unit = self._pass.units[index]
+        return f"unit {index} (file {unit.file}, row group {unit.row_group}, rows {unit.start} to {unit.stop - 1})"
 
     def _batches(self, units: Sequence[int]) -> Iterator[Batch | None]:
         """The micro-batches of the units in order, in pinned memory for a GPU; None closes a unit."""
@@ -156,8 +171,11 @@ class UnitWorker:
             images = batch.images_NCHW.to(self.device, non_blocking=True, memory_format=MEMORY_FORMAT)
             labels = batch.labels_N.to(self.device, non_blocking=True)
             for name, value in self._pass.task(images, labels).items():
-                sums[name] = sums[name] + value if name in sums else value
-        return {name: value.cpu() for name, value in sums.items()}, rows, bad_rows
+                if name in sums:
+                    sums[name] += value
+                else:
+                    sums[name] = value
+        return sums, rows, bad_rows
 
 
 def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:

@@ -286,6 +286,11 @@ def _layer(state: _State) -> None:
     _uniform(state, [[g] for g in range(len(state.groups))])
 
 
+def _flat(state: _State) -> None:
+    """All channels compete by saliency alone, whatever they cost: for scores that are divided by a cost already, and for ranks."""
+    _uniform(state, [list(range(len(state.groups)))])
+
+
 def _isomorphic(state: _State) -> None:
     """Groups of one structure compete among themselves, and every structure keeps the same fraction of its channels.
 
@@ -363,4 +368,9 @@ def _uniform(state: _State, classes: Sequence[Sequence[int]]) -> None:
     state.give_back(rank)
 
 
-SCOPES: dict[str, Callable[[_State], None]] = {"global": _global, "layer": _layer, "isomorphic": _isomorphic}
+SCOPES: dict[str, Callable[[_State], None]] = {
+    "global": _global,
+    "flat": _flat,
+    "layer": _layer,
+    "isomorphic": _isomorphic,
+}

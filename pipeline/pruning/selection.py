@@ -1,17 +1,22 @@
 """Selection: the exact k-th largest of scores that lie in shards, without gathering or sorting them.
 
-The bits of non-negative floats order like unsigned integers. So the k-th largest is found 16 bits at a time: a
-histogram of the leading bits over all shards tells in which bucket it lies, the next pass looks into that bucket only.
-Two passes for float32, four for float64; histograms add, so that shards may lie on many machines; memory is one
-histogram and one piece of a shard.
+The bits of floats order like sign and magnitude. So the k-th largest is found 16 bits at a time: a histogram of the
+leading bits over all shards tells in which bucket it lies, the next pass looks into that bucket only. One pass for half
+precision, two for float32, four for float64; histograms add, so that shards may lie on many machines; memory is one
+shard, one histogram and one piece.
+
+What is particular about floats is read off the histogram, not asked of each score: negative numbers are buckets in
+reverse, infinities and NaN are buckets that must be empty.
 
 Ties are broken by (shard name, index), the first stay: the count is exact and the same everywhere.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NoReturn
 
 import numpy as np
@@ -20,12 +25,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 RADIX_BITS = 16
-PIECE = 1 << 18
-"""Scores looked at together: small enough for a core's cache, large enough that Python does not matter."""
+DIGIT = (1 << RADIX_BITS) - 1
+PIECE_BYTES = 1 << 20
+"""Looked at together: small enough for a core's cache and for malloc to use the same memory again, large enough that
+neither Python nor the 65536 counters of each piece matter."""
 
 Array = Tensor | NDArray[Any]
 Bits = NDArray[Any]
-"""uint32 or uint64"""
+"""uint16, uint32 or uint64"""
+Counts = NDArray[np.int64]
+"""[65536]: how many scores have each digit."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,32 +51,36 @@ class Selection:
     """How many of those are kept, the first by (shard name, index)."""
 
 
-def kth_score(shards: Callable[[], Iterable[Array]], k: int) -> Selection:
+def kth_score(shards: Callable[[], Iterable[Array]], k: int, *, names: Sequence[str] = ()) -> Selection:
     """The k-th largest score over all shards.
 
     Args:
         shards: called once per pass; gives the same scores each time, as tensors or arrays of any shape, one float type
-            for all. Scores are finite and not negative; -0.0 counts as 0.
+            for all. Scores are finite; -0.0 counts as 0.
         k: 1 for the largest, up to the number of scores.
+        names: of the shards, in their order, for messages; without, their numbers are told.
 
     Raises:
-        ValueError: k is out of range, or a score is negative, infinite or NaN.
+        ValueError: k is out of range, a score is infinite or NaN, or the shards are not of one float type.
     """
-    bits, histogram = _first_pass(shards)
-    num_scores = int(histogram.sum())
+    kind, leading = _leading_digits(shards, names)
+    num_scores = int(leading.sum())
     if not 1 <= k <= num_scores:
         raise ValueError(f"k ({k}) must lie between 1 and the number of scores ({num_scores}).")
-    prefix, num_above = _bucket(histogram, k)
-    for shift in range(bits - 2 * RADIX_BITS, -1, -RADIX_BITS):
-        histogram = np.zeros(1 << RADIX_BITS, dtype=np.int64)
-        for piece in _pieces(shards):
-            inside = piece[piece >> (shift + RADIX_BITS) == prefix]
-            histogram += _histogram(inside >> shift & ((1 << RADIX_BITS) - 1))
-        digit, above = _bucket(histogram, k - num_above)
+    prefix, num_above = _bucket(leading, NUMBERS, k)
+    order = MAGNITUDES[::-1] if prefix & SIGN else MAGNITUDES
+    counts = leading
+    for shift in range(kind.num_bits - 2 * RADIX_BITS, -1, -RADIX_BITS):
+        counts = _sum(map(partial(_digits, shift=shift, prefix=prefix), shards()))
+        digit, above = _bucket(counts, order, k - num_above)
         prefix, num_above = prefix << RADIX_BITS | digit, num_above + above
-    num_ties = int(histogram[prefix & ((1 << RADIX_BITS) - 1)])
-    pattern = np.array([prefix], dtype=np.uint32 if bits == 32 else np.uint64)
-    threshold = float(pattern.view(np.float32 if bits == 32 else np.float64)[0])
+    num_ties = int(counts[prefix & DIGIT])
+    threshold = kind.value(prefix)
+    if threshold == 0 and leading[0] and leading[SIGN]:
+        # 0.0 and -0.0 are equal, and their bits are not: those of the other sign were left out, or taken for larger.
+        twins = sum(map(partial(_count, pattern=prefix ^ 1 << (kind.num_bits - 1)), shards()))
+        num_ties += twins
+        num_above -= twins if prefix else 0
     return Selection(threshold, num_above, num_ties, k - num_above)
 
 
@@ -75,89 +88,154 @@ def global_masks(shards: Mapping[str, Tensor], num_keep: int) -> dict[str, Tenso
     """Masks that keep exactly the `num_keep` largest scores of all shards together.
 
     Args:
-        shards: name -> scores, as for `kth_score`. Looked up anew in each pass, so that a mapping may read from disk.
+        shards: name -> scores, as for `kth_score`. Looked up anew in each pass and one at a time, so that a mapping may
+            read from disk.
         num_keep: 0 up to the number of scores.
 
     Returns:
         name -> bool, True = keep, shaped like the scores. Of equal scores the first by (name, index) are kept.
     """
-    if num_keep == 0:
-        return {name: torch.zeros(scores.shape, dtype=torch.bool) for name, scores in shards.items()}
-    selection = kth_score(lambda: (shards[name] for name in shards), num_keep)
+    selection = Selection(math.inf, 0, 0, 0)
+    if num_keep:
+        selection = kth_score(lambda: (shards[name] for name in shards), num_keep, names=list(shards))
     ties_left = selection.num_ties_kept
     masks = {}
     for name in sorted(shards):
-        scores = shards[name].detach()
-        flat = scores.reshape(-1)
-        mask = flat > selection.threshold
-        if ties_left:
-            ties = (flat == selection.threshold).nonzero().reshape(-1)[:ties_left]
-            mask[ties] = True
-            ties_left -= len(ties)
-        masks[name] = mask.reshape(scores.shape)
+        masks[name], num_ties = _mask(shards[name], selection.threshold, ties_left)
+        ties_left -= num_ties
     assert ties_left == 0, f"{ties_left} ties were counted and not found: the shards changed between passes"
     return {name: masks[name] for name in shards}
 
 
-def _first_pass(shards: Callable[[], Iterable[Array]]) -> tuple[int, NDArray[np.int64]]:
-    """Bits of the float type, and the histogram of the leading digit; every score is checked here."""
-    histogram = np.zeros(1 << RADIX_BITS, dtype=np.int64)
-    bits = 0
-    for number, shard in enumerate(shards()):
-        patterns = _patterns(shard)
-        if bits and patterns.itemsize * 8 != bits:
+def _mask(scores: Tensor, threshold: float, ties_left: int) -> tuple[Tensor, int]:
+    """The mask of one shard, and how many ties it keeps: the first ones, up to `ties_left`."""
+    flat = scores.detach().reshape(-1)
+    mask = torch.empty_like(flat, dtype=torch.bool)
+    num_ties = 0
+    for piece, kept in zip(flat.split(PIECE_BYTES), mask.split(PIECE_BYTES), strict=True):
+        torch.gt(piece, threshold, out=kept)
+        if num_ties < ties_left:
+            ties = (piece == threshold).nonzero().reshape(-1)[: ties_left - num_ties]
+            kept[ties] = True
+            num_ties += len(ties)
+    return mask.reshape(scores.shape), num_ties
+
+
+# --- bits -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _FloatType:
+    """How the bits of a float type are read: sign, then exponent, then fraction."""
+
+    name: str
+    num_bits: int
+    exponent: int
+    """The leading digit's bits that belong to the exponent; all of them set means infinite or NaN."""
+
+    def value(self, pattern: int) -> float:
+        bits = np.array([pattern], dtype=f"uint{self.num_bits}")
+        return float(torch.from_numpy(bits).view(getattr(torch, self.name))) + 0.0  # makes 0.0 of -0.0
+
+
+FLOAT_TYPES = {
+    "float16": _FloatType("float16", 16, 0x7C00),
+    "bfloat16": _FloatType("bfloat16", 16, 0x7F80),
+    "float32": _FloatType("float32", 32, 0x7F80),
+    "float64": _FloatType("float64", 64, 0x7FF0),
+}
+
+SIGN = 1 << (RADIX_BITS - 1)
+MAGNITUDES = np.arange(1 << RADIX_BITS)
+"""Digits of non-negative numbers, rising with the number."""
+NUMBERS = np.concatenate([MAGNITUDES[SIGN:][::-1], MAGNITUDES[:SIGN]])
+"""Leading digits, rising with the number: the larger its magnitude, the smaller is a negative one."""
+
+
+def _leading_digits(shards: Callable[[], Iterable[Array]], names: Sequence[str]) -> tuple[_FloatType, Counts]:
+    """The float type, and the counts of the leading digit; every score is checked here."""
+    kind: _FloatType | None = None
+    counts = np.zeros(1 << RADIX_BITS, dtype=np.int64)
+
+    def leading(shard: Array) -> tuple[_FloatType, Counts]:
+        found = _float_type(shard)
+        return found, _digits(shard, shift=found.num_bits - RADIX_BITS)
+
+    for number, (found, of_shard) in enumerate(map(leading, shards())):
+        kind = kind or found
+        if found != kind:
             raise ValueError(
-                f"shard {number} holds float{patterns.itemsize * 8}, others float{bits}. Convert one of them."
+                f"shard {_label(names, number)} holds {found.name}, others {kind.name}. Convert one of them."
             )
-        bits = patterns.itemsize * 8
-        infinite = np.array(np.inf, dtype=f"float{bits}").view(patterns.dtype)
-        for piece in _split(patterns):
-            if piece.size and piece.max() >= infinite:
-                _refuse(number, piece)
-            histogram += _histogram(piece >> (bits - RADIX_BITS))
-    return bits, histogram
+        counts += of_shard
+    kind = kind or FLOAT_TYPES["float32"]
+    if counts[MAGNITUDES & kind.exponent == kind.exponent].any():
+        _refuse(shards, names)
+    return kind, counts
 
 
-def _pieces(shards: Callable[[], Iterable[Array]]) -> Iterator[Bits]:
-    for shard in shards():
-        yield from _split(_patterns(shard))
+def _digits(shard: Array, shift: int, prefix: int | None = None) -> Counts:
+    """Counts of the 16 bits at `shift`, over the scores whose higher bits are `prefix`; None: over all scores."""
+    counts = np.zeros(1 << RADIX_BITS, dtype=np.int64)
+    for piece in _pieces(shard):
+        inside = piece if prefix is None else piece[piece >> (shift + RADIX_BITS) == prefix]
+        digits = (inside >> shift & DIGIT).astype(np.int32)
+        # torch counts int32 as they are; numpy would make int64 of them first, and takes twice as long.
+        counts += torch.bincount(torch.from_numpy(digits), minlength=len(counts)).numpy()
+    return counts
 
 
-def _split(patterns: Bits) -> Iterator[Bits]:
-    sign = patterns.dtype.type(1 << (patterns.itemsize * 8 - 1))
-    for start in range(0, patterns.size, PIECE):
-        piece = patterns[start : start + PIECE]
-        yield np.where(piece == sign, 0, piece) if piece.max() >= sign else piece  # -0.0 equals 0 and its bits do not
+def _count(shard: Array, pattern: int) -> int:
+    return sum(int(np.count_nonzero(piece == pattern)) for piece in _pieces(shard))
 
 
-def _patterns(shard: Array) -> Bits:
-    """The bits of the scores as unsigned integers, one dimension. Half precision becomes float32, which is exact."""
+def _sum(counts: Iterable[Counts]) -> Counts:
+    """Over all shards. Fed by `map`, which lets go of a shard before it asks for the next: one is in memory, not two."""
+    return sum(counts, start=np.zeros(1 << RADIX_BITS, dtype=np.int64))
+
+
+def _pieces(shard: Array) -> Iterator[Bits]:
+    """The bits of the scores as unsigned integers, one dimension, piece by piece."""
+    unsigned = f"uint{_float_type(shard).num_bits}"
     if isinstance(shard, Tensor):
-        tensor = shard.detach().cpu()
-        shard = (tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor).numpy()
-    elif shard.dtype == np.float16:
-        shard = shard.astype(np.float32)
-    if shard.dtype not in (np.float32, np.float64):
-        raise ValueError(f"scores must be floating point, got {shard.dtype}.")
-    return np.ascontiguousarray(shard).reshape(-1).view(np.uint32 if shard.dtype == np.float32 else np.uint64)
+        bits = shard.detach().cpu().reshape(-1).view(getattr(torch, unsigned)).numpy()
+    else:
+        bits = np.asarray(shard).reshape(-1).view(unsigned)
+    step = PIECE_BYTES // max(bits.itemsize, 4)  # digits are counted as int32, those of half precision too
+    for start in range(0, bits.size, step):
+        yield bits[start : start + step]
 
 
-def _histogram(digits: Bits) -> NDArray[np.int64]:
-    return np.bincount(digits.astype(np.int64), minlength=1 << RADIX_BITS)
+def _float_type(shard: Array) -> _FloatType:
+    name = str(shard.dtype).removeprefix("torch.")
+    if name not in FLOAT_TYPES:
+        raise ValueError(f"scores must be floating point ({', '.join(FLOAT_TYPES)}), got {name}. Convert them.")
+    return FLOAT_TYPES[name]
 
 
-def _bucket(histogram: NDArray[np.int64], k: int) -> tuple[int, int]:
-    """The bucket of the k-th largest, and how many lie in larger buckets."""
-    from_top = np.cumsum(histogram[::-1])
+def _bucket(counts: Counts, order: NDArray[np.int64], k: int) -> tuple[int, int]:
+    """The digit of the k-th largest, and how many have larger ones; `order` lists the digits, rising."""
+    from_top = np.cumsum(counts[order[::-1]])
     position = int(np.searchsorted(from_top, k))
-    digit = len(histogram) - 1 - position
-    return digit, int(from_top[position] - histogram[digit])
+    digit = int(order[::-1][position])
+    return digit, int(from_top[position] - counts[digit])
 
 
-def _refuse(number: int, piece: Bits) -> NoReturn:
-    values: NDArray[np.floating] = piece.view(np.float32 if piece.itemsize == 4 else np.float64)
-    worst = values[~(np.isfinite(values) & (values >= 0))][0]
-    raise ValueError(
-        f"shard {number} holds a score of {worst}; scores must be finite and not negative, since bits are compared. "
-        "Take the absolute value or a square, and look for the layer that gives no number."
-    )
+def _label(names: Sequence[str], number: int) -> str:
+    return names[number] if names else str(number)
+
+
+def _refuse(shards: Callable[[], Iterable[Array]], names: Sequence[str]) -> NoReturn:
+    """Search for the score that the counts have betrayed, and name it."""
+    for number, shard in enumerate(shards()):
+        kind, start = _float_type(shard), 0
+        exponent = kind.exponent << (kind.num_bits - RADIX_BITS)
+        for piece in _pieces(shard):
+            if len(bad := np.flatnonzero(piece & exponent == exponent)):
+                score, index = kind.value(int(piece[bad[0]])), start + int(bad[0])
+                raise ValueError(
+                    f"shard {_label(names, number)} holds a score of {score} at index {index}; scores must be finite. "
+                    "The network or its loss gave no number there: look at the statistics of this layer."
+                )
+            start += len(piece)
+    raise AssertionError("a score was not finite in one pass and is in the next: the shards changed between passes")

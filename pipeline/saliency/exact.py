@@ -8,13 +8,16 @@ of 12 bits and a million addends a value of the pilot's size keeps 30 bits, more
 
 What lies above (a mislabelled row in a network that is sure of all others) goes to a second grid, 2^30 times coarser, element by
 element. Which of the two takes an element depends on its value alone, so the sum of both is as free of order as each.
+
+A statistic that holds the channels of many groups side by side has one exponent per group: its *segments*.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -24,27 +27,58 @@ FLOAT_BITS = 52  # a float64 addend is exact on the grid only up to its own mant
 COARSE_BITS = 30
 COARSE = "#coarse"
 """Suffix of a statistic's second total, which exists only where it was needed."""
+STRIDE = "@"
+"""`name@4` is the same statistic over every fourth unit, on the same grid."""
+PIECE = 1 << 17
+"""Elements that are rounded and added together: what they need stays in a core's cache."""
+
+Segments = Mapping[str, tuple[int, ...]]
+"""Statistic -> sizes of the parts of its last dimension, each of which has an exponent of its own."""
+Magnitudes = dict[str, list[float]]
+"""Statistic -> largest |value| of each segment; of the whole where it has none."""
 
 
 class SumOverflow(ArithmeticError):
     """An addend is no finite number, or lies beyond any range that the pilot makes likely."""
 
 
+def magnitudes(sums: Mapping[str, Tensor], segments: Segments | None = None) -> Magnitudes:
+    """What a grid needs to know of a pilot: a few numbers, however large the sums. Counts have none."""
+    floats = {name: value for name, value in sums.items() if value.is_floating_point()}
+    return {
+        name: [_top(part) for part in (value.split(segments[name], -1) if segments and name in segments else (value,))]
+        for name, value in floats.items()
+    }
+
+
+def _top(value: Tensor) -> float:
+    return torch.linalg.vector_norm(value, ord=math.inf).item() if value.numel() else 0.0
+
+
+def base(name: str) -> str:
+    """The statistic that a total belongs to: without its stride and its grid."""
+    return re.sub(rf"({STRIDE}\d+)?({COARSE})?$", "", name)
+
+
 @dataclass(frozen=True)
 class Grid:
-    """Fixed-point grids, one per statistic: value = integer * 2^-exponent, |addend| <= limit."""
+    """Fixed-point grids: value = integer * 2^-exponent."""
 
-    exponents: dict[str, int]
+    exponents: dict[str, list[int]]
+    """Statistic -> exponent of each segment."""
     addend_bits: int
     """Largest magnitude of one addend, as a power of two on the integer side."""
+    segments: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     @classmethod
-    def from_pilot(cls, pilot: Mapping[str, Tensor], num_addends: int, headroom_bits: int = 12) -> Grid:
-        """Fix the grids from the sums of one unit.
+    def from_pilot(
+        cls, pilot: Magnitudes, num_addends: int, headroom_bits: int = 12, segments: Segments | None = None
+    ) -> Grid:
+        """Fix the grids from the magnitudes of one unit.
 
         Args:
-            pilot: float64 or int64 sums of one unit, by statistic. An all-zero statistic gets the coarsest grid of the others
-                of its kind (the part of its name before "/"), since a dead layer in one unit may live in the next.
+            pilot: of the sums of one unit. A segment of zeros gets the coarsest grid of the others of its kind (the part of its
+                name before "/"), since a dead layer in one unit may live in the next.
             num_addends: how many addends there will be at most.
             headroom_bits: how much larger than the pilot's an addend may be, as a power of two.
         """
@@ -54,54 +88,60 @@ class Grid:
                 f"{num_addends} addends with {headroom_bits} bits of headroom leave {addend_bits - headroom_bits} bits for a value. "
                 "Use larger units: raise score.rows_per_unit."
             )
-        tops = {name: _top_exponent(value) for name, value in pilot.items() if value.is_floating_point()}
+        tops = {name: [_top_exponent(value) for value in values] for name, values in pilot.items()}
+        highest: dict[str, int] = {}
+        for name, found in tops.items():
+            kind = name.split("/")[0]
+            highest[kind] = max([highest.get(kind, -1024), *(top for top in found if top is not None)])
         exponents = {}
-        for name, top in tops.items():
-            if top is None:
-                kind = name.split("/")[0]
-                top = max((t for other, t in tops.items() if t is not None and other.split("/")[0] == kind), default=0)
-            exponents[name] = addend_bits - headroom_bits - top
-        return cls(exponents, addend_bits)
+        for name, found in tops.items():
+            silent = highest[name.split("/")[0]]
+            silent = 0 if silent == -1024 else silent
+            exponents[name] = [addend_bits - headroom_bits - (silent if top is None else top) for top in found]
+        return cls(exponents, addend_bits, {name: tuple(sizes) for name, sizes in (segments or {}).items()})
+
+    def scale(self, name: str, device: torch.device) -> Tensor | float:
+        """2^exponent: a number, or a float64 vector along the last dimension of a statistic with segments."""
+        name = base(name)
+        powers = [math.ldexp(1.0, exponent) for exponent in self.exponents[name]]
+        if name not in self.segments:
+            return powers[0]
+        sizes = torch.tensor(self.segments[name])
+        return torch.tensor(powers, dtype=torch.float64).repeat_interleave(sizes).to(device)
 
     def quantise(self, name: str, value: Tensor) -> dict[str, Tensor]:
         """Round an addend to its grids: int64 of the same shape by name of the total. Integers (counts) are their own grid."""
         if not value.is_floating_point():
             return {name: value.to(torch.int64)}
-        scaled = _scale(value, self.exponents[name])
-        above = ~(scaled.abs() <= 2.0**self.addend_bits)  # a NaN is above, too
+        scaled = value.double() * self.scale(name, value.device)
+        above = ~(scaled.abs() <= self.largest)  # a NaN is above, too
         if not above.any():
             return {name: scaled.round_().to(torch.int64)}
-        coarse = torch.where(above, _scale(value, self.exponents[name] - COARSE_BITS), 0.0)
-        if not coarse.abs().max().item() <= 2.0**self.addend_bits:
+        coarse = torch.where(above, scaled * 2.0**-COARSE_BITS, 0.0)
+        if not coarse.abs().max().item() <= self.largest:
+            worst = value[above].abs().max().item()
             raise SumOverflow(
-                f"statistic '{name}' has an addend of {value.abs().max().item():g}, its grid ends at {self.limit(name):g}. "
-                "The network gives NaN, Inf or a loss that explodes on these rows: check its weights and input."
+                f"statistic '{name}' has an addend of {worst:g}, more than 2^{COARSE_BITS} times what its first unit made likely. The "
+                "network gives NaN, Inf or a loss that explodes on these rows: check its weights and input."
             )
         fine = torch.where(above, 0.0, scaled)
         return {name: fine.round_().to(torch.int64), name + COARSE: coarse.round_().to(torch.int64)}
 
     def value(self, name: str, total: Tensor) -> Tensor:
         """What a total stands for, as float64 (counts stay int64)."""
-        base = name.removesuffix(COARSE)
-        if base not in self.exponents:
+        if base(name) not in self.exponents:
             return total
-        return _scale(total, (COARSE_BITS if base != name else 0) - self.exponents[base])
+        coarse = 2.0**COARSE_BITS if name.endswith(COARSE) else 1.0
+        return total.double() / self.scale(name, total.device) * coarse
 
-    def limit(self, name: str) -> float:
-        """Largest magnitude of an addend."""
-        return 2.0 ** (self.addend_bits + COARSE_BITS - self.exponents[name])
-
-
-def _scale(value: Tensor, exponent: int) -> Tensor:
-    """value * 2^exponent in float64."""
-    return torch.ldexp(value.double(), torch.tensor(float(exponent), dtype=torch.float64))
+    @property
+    def largest(self) -> float:
+        """Of the magnitudes on the integer side that one addend may have."""
+        return 2.0**self.addend_bits
 
 
-def _top_exponent(value: Tensor) -> int | None:
-    """Smallest e with max|value| <= 2^e, None for zeros."""
-    if value.numel() == 0:
-        return None
-    top = value.double().abs().max().item()
+def _top_exponent(top: float) -> int | None:
+    """Smallest e with top <= 2^e, None for zero."""
     if not math.isfinite(top):
         raise SumOverflow(
             "the pilot unit gives NaN or Inf: the network itself is broken on these rows. Check its weights and input."
@@ -110,16 +150,48 @@ def _top_exponent(value: Tensor) -> int | None:
 
 
 class ExactSums:
-    """Named int64 sums on a grid. Adding is exact: `a + b` in any order and grouping gives the same bits."""
+    """Named int64 sums on a grid. Adding is exact: `a + b` in any order and grouping gives the same bits.
+
+    Totals live where their addends do, a GPU or the CPU.
+    """
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
         self.totals: dict[str, Tensor] = {}
+        self._addends_left = 1 << (SUM_BITS - grid.addend_bits)
 
-    def add(self, addend: Mapping[str, Tensor]) -> None:
-        """Add the float64 or int64 sums of one unit. Counts once towards the grid's number of addends."""
+    def add(
+        self, addend: Mapping[str, Tensor], strides: Sequence[int] = (), nested: frozenset[str] = frozenset()
+    ) -> None:
+        """Add the float or int64 sums of one unit; those in `nested` also to the totals `name@stride` of these strides."""
+        self._addends_left -= 1
+        if self._addends_left < 0:
+            raise SumOverflow(
+                f"more than {1 << (SUM_BITS - self.grid.addend_bits)} addends: the grid was made for fewer."
+            )
         for name, value in addend.items():
-            self.merge(self.grid.quantise(name, value.detach().cpu()))
+            if name in nested:
+                parts = self.grid.quantise(name, value.detach())
+                for suffix in ("", *(f"{STRIDE}{stride}" for stride in strides)):
+                    self.merge({name + suffix + part.removeprefix(name): total for part, total in parts.items()})
+            elif name in self.grid.exponents and name not in self.grid.segments and self._fits(name, value):
+                self._add_large(name, value.detach())
+            else:
+                self.merge(self.grid.quantise(name, value.detach()))
+
+    def _fits(self, name: str, value: Tensor) -> bool:
+        return bool(_top(value) * self.grid.scale(name, value.device) <= self.grid.largest)
+
+    def _add_large(self, name: str, value: Tensor) -> None:
+        """An addend within the fine grid: nothing of its size is made on the way. `_addends_left` rules out an overflow."""
+        scale = self.grid.scale(name, value.device)
+        if name not in self.totals:
+            self.totals[name] = torch.zeros(value.shape, dtype=torch.int64, device=value.device)
+        total, flat = self.totals[name].view(-1), value.reshape(-1)
+        step = PIECE if value.device.type == "cpu" else max(1, value.numel())
+        for start in range(0, len(flat), step):
+            piece = flat[start : start + step].to(torch.float64, copy=True)
+            total[start : start + step] += piece.mul_(scale).round_().to(torch.int64)
 
     def merge(self, totals: Mapping[str, Tensor]) -> None:
         """Add the int64 totals of another accumulator on the same grid."""
@@ -143,6 +215,6 @@ class ExactSums:
         """The sums: float64, int64 for counts."""
         values: dict[str, Tensor] = {}
         for name, total in sorted(self.totals.items()):  # a statistic stands before its coarse part
-            base, value = name.removesuffix(COARSE), self.grid.value(name, total)
-            values[base] = values[base] + value if base in values else value
+            fine, value = name.removesuffix(COARSE), self.grid.value(name, total)
+            values[fine] = values[fine] + value if fine in values else value
         return values

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
 from pipeline.models.graph import Graph
 from pipeline.saliency import criteria
-from pipeline.saliency.statistics import WEIGHT_KINDS, accumulate
+from pipeline.saliency.curvature import CURVATURE_KINDS
+from pipeline.saliency.statistics import INPUT_KINDS, WEIGHT_KINDS, accumulate
 
 
 def score(
     model: nn.Module,
     graph: Graph,
     batches: Iterable[tuple[Tensor, Tensor]] = (),
-    criterion: str = "taylor",
+    criterion: str | Sequence[str] = "taylor",
     *,
     seed: int = 0,
 ) -> dict[str, Tensor]:
@@ -23,17 +24,25 @@ def score(
 
     Args:
         batches: (images float [N, C, H, W], labels int64 [N]); not read by criteria that need weights alone.
-        criterion: name in saliency.criteria.CRITERIA.
+        criterion: name in saliency.criteria.CRITERIA; of several names the ranks are fused.
         seed: of the `random` criterion.
 
     Raises:
-        ValueError: an unknown criterion, or one that needs batches and got none.
+        ValueError: an unknown criterion, or one that needs batches and got none, or a second pass, which only a run makes.
     """
-    chosen = criteria.find(criterion)
+    rule = criteria.rule("channels", *((criterion,) if isinstance(criterion, str) else criterion))
+    needs = {*rule.needs}
+    if missing := needs & {*CURVATURE_KINDS, "movement"}:
+        raise ValueError(
+            f"criterion '{rule.name}' needs {', '.join(sorted(missing))}, which one pass over batches does not give. Start a run "
+            f"with score.criterion={rule.name}, or choose another criterion."
+        )
     weights = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
-    statistics = (
-        accumulate(model, graph, batches, weights=bool({*chosen.needs} & {*WEIGHT_KINDS})) if chosen.needs else {}
-    )
-    if chosen.needs and not statistics:
-        raise ValueError(f"criterion '{criterion}' needs batches of (images, labels), and there was none.")
-    return chosen.fn(graph, statistics, weights, seed)
+    statistics: dict[str, Tensor] = {}
+    if needs:
+        kinds = {"weights": bool(needs & {*WEIGHT_KINDS}), "inputs": bool(needs & {*INPUT_KINDS})}
+        statistics = accumulate(model, graph, batches, **kinds)
+        if not statistics:
+            raise ValueError(f"criterion '{rule.name}' needs batches of (images, labels), and there was none.")
+    saliency: dict[str, Tensor] = rule.fn(graph, statistics, weights, seed)
+    return saliency

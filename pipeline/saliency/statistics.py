@@ -1,6 +1,7 @@
 """Statistics of the saliency pass: additive sums over rows, from which every criterion is computed afterwards.
 
-# N = rows of a micro-batch, C = channels of a group, K = entries of one channel, F = input features of a consumer
+# N = rows of a micro-batch, C = channels of a group, K = entries of one channel, F = input features of a contraction
+# A = channels of all groups, side by side in the order of the graph
 
 A channel gate multiplies a channel by 1 where the network reads it; the gradient at the gate of row n is
 s[n, c] = sum x * dL/dx over the channel's entries at *all* its consumers, which is the first-order change of that row's loss when
@@ -9,11 +10,14 @@ factors and activations without s(0) = 0 on the way are then accounted for exact
 
 No weight gradient is needed, so the pass is cheaper than a training step. The loss is summed over rows, never averaged: nothing
 depends on the batch.
+
+On request the same pass keeps the gradients of every weight that is multiplied, and moments of what it is multiplied with.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -24,8 +28,9 @@ from torch.utils.hooks import RemovableHandle
 from pipeline.models.graph import Graph, Site
 from pipeline.models.modes import eval_mode
 
-WEIGHT_KINDS = ("grad_sum", "grad_abs", "grad_square", "gw_abs", "gw_square")
-GATE_KINDS = ("gate_sum", "gate_abs", "gate_square")
+GATE_KINDS = ("gate_sum", "gate_abs", "gate_square", "gate_fourth")
+WEIGHT_KINDS = ("grad_sum", "grad_abs", "grad_square")
+INPUT_KINDS = ("input_sum", "input_square", "input_count")
 
 HALF = (torch.float16, torch.bfloat16)
 
@@ -63,33 +68,46 @@ def gate_terms(x: Tensor, grad: Tensor, axis: int) -> Tensor:
 
 
 class GateStatistics:
-    """A Task: channel gates of every group for each row of a micro-batch, and on request the gradient statistics of every weight.
+    """A Task: channel gates of every group for each row of a micro-batch; on request gradients and inputs of every weight.
 
     Args:
         model: the dense network; evaluated with its running statistics, since a row's saliency must not depend on its neighbours.
-        graph: its channel groups.
-        weights: also sum g, |g|, g^2, |g*w| and (g*w)^2 over micro-batches, per weight. g is the gradient of the micro-batch's
-            summed loss.
+        graph: its channel groups and the weights that are multiplied.
+        weights: also sum g, |g| and g^2 over micro-batches, per weight; g is the gradient of the micro-batch's summed loss. Since w
+            does not change during the pass, sums of |g*w| and (g*w)^2 follow from them.
+        inputs: also sum x and x^2 of each input feature of each convolution and linear layer, over rows and positions.
 
     Source: Molchanov et al., "Importance Estimation for Neural Network Pruning", CVPR 2019, section 3 (gates); per-row squares:
     Theis et al., "Faster gaze prediction with dense networks and Fisher pruning", 2018.
     """
 
-    def __init__(self, model: nn.Module, graph: Graph, *, weights: bool = False) -> None:
+    nested = frozenset({*GATE_KINDS, "rows"})
+    """Sums that are also kept over every 2nd, 4th ... unit, to see how they settle."""
+
+    def __init__(self, model: nn.Module, graph: Graph, *, weights: bool = False, inputs: bool = False) -> None:
         self.model = model
         self.graph = graph
         self.weights = weights
+        self.inputs = inputs
+        sizes = tuple(group.size for group in graph.groups)
+        self.segments = {kind: sizes for kind in GATE_KINDS} if sizes else {}
+        """Groups differ in scale: each has a grid of its own."""
         self._device = torch.device("cpu")
         self._copy = False  # gates hand on copies, for networks that write into a consumer's input afterwards
         self._checked = False
-        self._terms: dict[str, Tensor] = {}
+        self._terms_NA = torch.empty(0)
+        self._terms: dict[str, Tensor] = {}  # group -> its columns of _terms_NA
+        self._inputs: dict[str, Tensor] = {}
         self._tapped: set[str] = set()
         self._indices: dict[tuple[str, int], Tensor] = {}
 
     def to(self, device: torch.device, memory_format: torch.memory_format = torch.preserve_format) -> None:
         self._device = device
         self.model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
-        self.model.eval().requires_grad_(self.weights)
+        self.model.eval().requires_grad_(False)
+        if self.weights:
+            for parameter in multiplied(self.model, self.graph).values():
+                parameter.requires_grad_()
         self._indices = {
             (group.name, i): site.index_CK.to(device)
             for group in self.graph.groups
@@ -97,7 +115,8 @@ class GateStatistics:
         }
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
-        """Sums over the rows: "gate_*/<group>" float64 [C], "<kind>/<tensor>" like the weight, "loss" float64, "rows" int64.
+        """Sums over the rows: "gate_*" float64 [A], "grad_*/<tensor>" like the weight, "input_*/<tensor>" float64 [F] and int64 for
+        the count, "loss" float64, "rows" int64.
 
         Raises:
             SaliencyError: the gates of this network do not tell rows apart, or no gradient reaches them.
@@ -107,12 +126,15 @@ class GateStatistics:
             self._checked = True
         loss = self._run(images_NCHW, labels_N)
         sums: dict[str, Tensor] = {"rows": torch.tensor(len(labels_N), dtype=torch.int64), "loss": loss.double()}
-        for name, terms_NC in self._terms.items():
-            sums[f"gate_sum/{name}"] = terms_NC.sum(0)
-            sums[f"gate_abs/{name}"] = terms_NC.abs().sum(0)
-            sums[f"gate_square/{name}"] = terms_NC.square().sum(0)
+        if self.segments:
+            square_NA = self._terms_NA.square()
+            sums["gate_sum"] = self._terms_NA.sum(0)
+            sums["gate_abs"] = self._terms_NA.abs().sum(0)
+            sums["gate_square"] = square_NA.sum(0)
+            sums["gate_fourth"] = square_NA.square().sum(0)
         if self.weights:
             sums.update(self._weight_sums())
+        sums.update(self._inputs)
         return sums
 
     def _run(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
@@ -135,11 +157,11 @@ class GateStatistics:
         return loss
 
     def _backward(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
-        self._terms = {
-            group.name: torch.zeros(len(labels_N), group.size, dtype=torch.float64, device=self._device)
-            for group in self.graph.groups
-        }
-        self._tapped = set()
+        sizes = [group.size for group in self.graph.groups]
+        self._terms_NA = torch.zeros(len(labels_N), sum(sizes), dtype=torch.float64, device=self._device)
+        views = self._terms_NA.split(sizes, dim=1) if sizes else ()
+        self._terms = {group.name: view for group, view in zip(self.graph.groups, views, strict=True)}
+        self._tapped, self._inputs = set(), {}
         handles = self._install()
         try:
             with torch.enable_grad():
@@ -185,7 +207,13 @@ class GateStatistics:
             for i, site in enumerate(group.consumers):
                 taps.setdefault(site.module, []).append((group.name, i, site))
         modules = dict(self.model.named_modules())
-        return [modules[name].register_forward_pre_hook(self._hook(sites)) for name, sites in taps.items()]
+        handles = [modules[name].register_forward_pre_hook(self._hook(sites)) for name, sites in taps.items()]
+        if self.inputs:
+            handles += [
+                module.register_forward_pre_hook(_input_hook(name, self._inputs))
+                for name, module in contractions(self.model, self.graph).items()
+            ]
+        return handles
 
     def _hook(self, sites: list[tuple[str, int, Site]]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         axis = sites[0][2].axis
@@ -217,23 +245,76 @@ class GateStatistics:
 
     def _weight_sums(self) -> dict[str, Tensor]:
         sums = {}
-        for name, parameter in self.model.named_parameters():
+        for name, parameter in multiplied(self.model, self.graph).items():
             grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            product = (grad * parameter.detach()).double()
-            grad = grad.double()
-            values = (grad, grad.abs(), grad.square(), product.abs(), product.square())
+            grad = grad.float() if grad.dtype in HALF else grad
+            values = (grad, grad.abs(), grad.square())
             sums.update({f"{kind}/{name}": value for kind, value in zip(WEIGHT_KINDS, values, strict=True)})
             parameter.grad = None
         return sums
 
 
+def multiplied(model: nn.Module, graph: Graph) -> dict[str, nn.Parameter]:
+    """The weights that are multiplied (of convolutions, linear layers and the like), by name."""
+    tensors = {contraction.tensor for contraction in graph.contractions}
+    return {name: parameter for name, parameter in model.named_parameters() if name in tensors}
+
+
+def contractions(model: nn.Module, graph: Graph) -> dict[str, nn.Module]:
+    """Convolutions and linear layers by the name of their weight."""
+    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+    modules = dict(model.named_modules())
+    owners = {name: modules[name.rpartition(".")[0]] for name in multiplied(model, graph)}
+    return {name: owner for name, owner in owners.items() if isinstance(owner, layers) and name.endswith("weight")}
+
+
+def _input_hook(name: str, sums: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        x = args[0].detach()
+        x = x.float() if x.dtype in HALF else x
+        axis = x.dim() - 1 if isinstance(module, nn.Linear) else 1
+        other = [dim for dim in range(x.dim()) if dim != axis]
+        count = torch.tensor(x.numel() // x.shape[axis], dtype=torch.int64)
+        for kind, value in zip(
+            INPUT_KINDS, (x.sum(other).double(), x.square().sum(other).double(), count), strict=True
+        ):
+            key = f"{kind}/{name}"
+            sums[key] = sums[key] + value if key in sums else value  # a module may be called twice
+
+    return hook
+
+
+def by_group(graph: Graph, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Statistics as criteria read them: "gate_abs" [A] becomes "gate_abs/<group>" [C], "gate_abs@2" "gate_abs@2/<group>"."""
+    sizes = [group.size for group in graph.groups]
+    found: dict[str, Tensor] = {}
+    for name, value in values.items():
+        if name.partition("@")[0] in GATE_KINDS:
+            parts = value.split(sizes)
+            found |= {f"{name}/{group.name}": part.clone() for group, part in zip(graph.groups, parts, strict=True)}
+        else:
+            found[name] = value
+    return found
+
+
+def at_stride(statistics: Mapping[str, Tensor], stride: int) -> dict[str, Tensor]:
+    """Those over every `stride`-th unit, under the names of those over all units."""
+    suffix = re.compile(rf"@{stride}(?=/|$)")
+    return {suffix.sub("", name): value for name, value in statistics.items() if suffix.search(name)}
+
+
 def accumulate(
-    model: nn.Module, graph: Graph, batches: Iterable[tuple[Tensor, Tensor]], *, weights: bool = False
+    model: nn.Module,
+    graph: Graph,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    *,
+    weights: bool = False,
+    inputs: bool = False,
 ) -> dict[str, Tensor]:
     """Statistics of `batches` of (images_NCHW, labels_N) in this process, in their order. The model is left as it was."""
     grads = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
     device = next(model.parameters()).device
-    task = GateStatistics(model, graph, weights=weights)
+    task = GateStatistics(model, graph, weights=weights, inputs=inputs)
     sums: dict[str, Tensor] = {}
     try:
         for p in model.parameters():
@@ -247,4 +328,4 @@ def accumulate(
         for name, p in model.named_parameters():
             p.requires_grad_(grads[name][0])
             p.grad = grads[name][1]
-    return {name: value.cpu() for name, value in sums.items()}
+    return by_group(graph, {name: value.cpu() for name, value in sums.items()})

@@ -35,6 +35,9 @@ class BatchNormStatistics:
     training; everything else (dropout, drop path) is in eval mode.
     """
 
+    nested: frozenset[str] = frozenset()
+    segments: Mapping[str, tuple[int, ...]] = {}
+
     def __init__(self, models: Mapping[str, nn.Module]) -> None:
         """
         Args:

@@ -18,6 +18,9 @@ TOP_K = 5
 class Evaluation:
     """Task: the sums that accuracy is made of, for each of `models`, on the same decoded images."""
 
+    nested: frozenset[str] = frozenset()
+    segments: Mapping[str, tuple[int, ...]] = {}
+
     def __init__(self, models: Mapping[str, nn.Module], num_classes: int, reference: str | None = None) -> None:
         """
         Args:
@@ -34,7 +37,7 @@ class Evaluation:
         for model in self.models.values():
             model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
         """Sums over the rows of one micro-batch, on the CPU.
 

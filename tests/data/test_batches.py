@@ -61,6 +61,14 @@ def test_pixels_are_scaled_and_normalised_by_hand():
     assert_close(pixels[:, 0, 0], torch.tensor([1.0, -1.2, 0.0]))  # (1 - 0.5) / 0.5, (0.2 - 0.5) / 0.25, 0
 
 
+def test_the_memory_of_an_image_changes_no_bit():
+    decoder, data = Decoder(16), photograph()
+    planes_CHW, pixels_HWC = torch.empty(3, 16, 16), torch.empty(16, 16, 3)
+    decoder.decode_into_(planes_CHW, data)
+    decoder.decode_into_(pixels_HWC.permute(2, 0, 1), data)
+    assert torch.equal(planes_CHW, pixels_HWC.permute(2, 0, 1))
+
+
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("size", [(37, 29), (20, 90), (16, 16)])
 def test_close_to_timms_transform(interpolation, size):
@@ -134,7 +142,9 @@ def test_micro_batches_follow_the_rows(tmp_path):
     assert [batch.images_NCHW.shape for batch in batches] == [(3, 3, 8, 8), (3, 3, 8, 8), (2, 3, 8, 8)]
     reds = torch.cat([batch.images_NCHW[:, 0, 0, 0] for batch in batches])
     assert_close(reds * 255, torch.arange(8.0))
-    assert all(batch.images_NCHW.is_contiguous() and batch.images_NCHW.dtype == torch.float32 for batch in batches)
+    for images_NCHW in (batch.images_NCHW for batch in batches):
+        assert images_NCHW.dtype == torch.float32
+        assert images_NCHW.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize("threads", [0, 1, 3])

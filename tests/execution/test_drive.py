@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from tests.data.making import image, write_parquet
 
 class Brightness:
     """Rows, and the sum of their red values."""
+
+    nested = frozenset({"red"})
+    segments: ClassVar = {}
 
     def to(self, device: torch.device, memory_format: torch.memory_format) -> None:
         del device, memory_format

@@ -6,12 +6,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from pipeline.artifacts import StaleArtifact, StorageError
 from pipeline.execution.ledger import Commit, Ledger, accept, digest, format_ranges, parse_ranges
 from pipeline.saliency.exact import Grid
 
-GRID = Grid({"a": 0}, 40)
+GRID = Grid({"a": [0]}, 40)
 
 
 def commit(*units: int, name: str = "") -> Commit:
@@ -25,7 +26,7 @@ def total(reading) -> int:
 
 @given(st.sets(st.integers(0, 2000)))
 def test_ranges_come_back(units):
-    assert parse_ranges(format_ranges(units)) == sorted(units)
+    assert parse_ranges(format_ranges(units)).tolist() == sorted(units)
 
 
 def test_ranges_are_short():
@@ -56,6 +57,40 @@ def test_a_torn_commit_does_not_count(tmp_path, damage):
     path.write_bytes(damage(path.read_bytes()))
     reading = ledger.read(GRID)
     assert (total(reading), reading.missing, len(reading.rejected)) == (1, [1], 1)
+
+
+def test_a_commit_whose_sums_are_broken_covers_by_its_header_and_is_left_out_by_the_reader(tmp_path):
+    ledger = Ledger(str(tmp_path), 3, "f")
+    path = tmp_path / ledger.write(commit(0, 1))
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    later = ledger.write(commit(1, 2))  # was left out because of the broken one
+    assert ledger.coverage().missing == [2]
+    reading = ledger.read(GRID)
+    assert (total(reading), reading.missing) == (110, [0])
+    assert [reason.split(":")[0] for reason in reading.rejected] == [path.name]
+    assert later in {path.name for path in tmp_path.iterdir()}
+
+
+def test_coverage_reads_no_sums(tmp_path):
+    ledger = Ledger(str(tmp_path), 2, "f")
+    big = Commit((1,), 1, {"a": torch.zeros(1 << 16, dtype=torch.int64)})
+    ledger.write(big)
+    assert ledger.coverage().missing == [0]
+    assert ledger.coverage().sums is None
+
+
+def test_a_commit_is_a_safetensors_file(tmp_path):
+    totals = {"b/x": torch.tensor([[1, 2], [3, 4]]), "a": torch.tensor(5), "empty": torch.zeros(0, dtype=torch.int64)}
+    name = Ledger(str(tmp_path), 1, "f").write(Commit((0,), 1, totals))
+    found = load_file(tmp_path / name)
+    assert {key: value.tolist() for key, value in found.items()} == {k: v.tolist() for k, v in totals.items()}
+
+
+def test_a_header_longer_than_the_first_read_comes_back(tmp_path):
+    ledger = Ledger(str(tmp_path), 20_000, "f")
+    ledger.write(commit(*range(0, 12, 2)))
+    ledger.write(Commit(range(1, 20_000, 2), 1, {"a": torch.tensor([1])}, name=""))
+    assert ledger.coverage().commits == 2
 
 
 def test_an_unfinished_write_is_not_seen(tmp_path):

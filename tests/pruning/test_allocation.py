@@ -200,6 +200,15 @@ def test_layer_keeps_the_same_fraction_of_every_group():
     assert max(fractions) - min(fractions) <= 1 / 8 + 1e-9
 
 
+def test_flat_ranks_channels_by_saliency_alone():
+    # fc0 is three times as dear as fc1 and scores a little higher: by price it would go first, by saliency fc1 does.
+    graph = chain(40, 8, 8, 4)
+    saliency = {"fc0": torch.full((8,), 1.1), "fc1": torch.ones(8)}
+    budget = Budget(params=0.9)
+    assert len(kept(plan(graph, saliency, budget, scope="flat"))["fc0"]) == 8
+    assert len(kept(plan(graph, saliency, budget, scope="global"))["fc0"]) < 8
+
+
 def test_isomorphic_ranks_groups_of_one_structure_together():
     # Inside: 8 -> 8 -> 8 twice, the same structure; the first has all the saliency. The stem (2 -> 8) is another one.
     graph = chain(2, 8, 8, 8, 8, 2)
@@ -248,7 +257,7 @@ def test_saliency_must_fit_the_graph(saliency, message):
 @pytest.mark.parametrize(
     ("option", "message"),
     [
-        ({"scope": "universe"}, "'universe' is unknown; known scopes: global, layer, isomorphic"),
+        ({"scope": "universe"}, "'universe' is unknown; known scopes: global, flat, layer, isomorphic"),
         ({"min_keep": 1.0}, r"min_keep \(1\.0\)"),
         ({"round_to": 0}, r"round_to \(0\)"),
     ],

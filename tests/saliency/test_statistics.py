@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.graph import Graph, Group, Site
 from pipeline.pruning.trials import trace
-from pipeline.saliency.statistics import GateStatistics, SaliencyError, accumulate
+from pipeline.saliency.statistics import GateStatistics, SaliencyError, accumulate, at_stride, by_group
 from tests.graphs import Residual, chain, residual_graph
 
 
@@ -69,9 +69,7 @@ def test_a_linear_chain_worked_out_by_hand():
     assert torch.allclose(sums["grad_sum/fc1.weight"], torch.stack([first, -first]))
     assert torch.allclose(sums["grad_abs/fc1.weight"], torch.stack([first, -first]).abs())
     assert torch.allclose(sums["grad_square/fc1.weight"], torch.stack([first, first]).square())
-    expected = torch.tensor([[float(ln3) / 2, 0.0], [0.0, 0.0]]).double()
-    assert torch.allclose(sums["gw_abs/fc1.weight"], expected)
-    assert torch.allclose(sums["gw_square/fc1.weight"], expected.square())
+    assert sums["gate_fourth/fc0"] == pytest.approx([float(ln3) ** 4 * (1 + 81) / 256, 0])
 
 
 def test_weight_statistics_add_up_over_micro_batches():
@@ -233,6 +231,39 @@ def test_half_precision_terms_are_summed_in_float32():
     exact = accumulate(model, residual_graph(), [(images, labels)])
     task = GateStatistics(model.bfloat16(), residual_graph())
     task.to(torch.device("cpu"))
-    narrow = task(images.bfloat16(), labels)
+    narrow = by_group(residual_graph(), task(images.bfloat16(), labels))
     for name in ("gate_abs/conv", "gate_abs/a"):
         assert torch.allclose(narrow[name], exact[name], rtol=0.2, atol=0.02)
+
+
+def test_inputs_are_summed_over_rows_and_positions():
+    torch.manual_seed(0)
+    model, graph = Residual().double().eval(), residual_graph()
+    images, labels = torch.randn(5, 3, 4, 4).double(), torch.tensor([0, 1, 2, 3, 4])
+    sums = accumulate(model, graph, [(images[:3], labels[:3]), (images[3:], labels[3:])], inputs=True)
+    first = graph.contractions[0].tensor
+    assert first == "conv.weight"
+    assert torch.allclose(sums[f"input_sum/{first}"], images.sum((0, 2, 3)))
+    assert torch.allclose(sums[f"input_square/{first}"], images.square().sum((0, 2, 3)))
+    assert sums[f"input_count/{first}"] == 5 * 16
+    assert {name for name in sums if name.startswith("input_sum/")} == {
+        f"input_sum/{c.tensor}" for c in graph.contractions
+    }
+
+
+def test_groups_share_one_tensor_and_come_apart_by_name():
+    graph = chain(2, 2, 3, 1)
+    values = {
+        "gate_abs": torch.arange(5.0),
+        "gate_abs@2": torch.ones(5),
+        "rows": torch.tensor(3),
+        "rows@2": torch.tensor(2),
+    }
+    found = by_group(graph, values)
+    assert found["gate_abs/fc0"].tolist() == [0, 1]
+    assert found["gate_abs/fc1"].tolist() == [2, 3, 4]
+    assert {name: value.tolist() for name, value in at_stride(found, 2).items()} == {
+        "gate_abs/fc0": [1, 1],
+        "gate_abs/fc1": [1, 1, 1],
+        "rows": 2,
+    }
