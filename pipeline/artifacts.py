@@ -17,8 +17,24 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
 from pyarrow import ArrowInvalid
 from pyarrow import fs as arrow_fs
+from safetensors import SafetensorError
+from safetensors.torch import load as load_safetensors
+from torch import Tensor
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""As safetensors names them."""
 
 
 class StaleArtifact(ValueError):
@@ -129,11 +145,10 @@ def open_file(path: str) -> Iterator[Any]:
             yield stream
         return
     try:
-        file = open(path, "rb")
+        with open(path, "rb") as file:
+            yield file
     except OSError as error:
         raise StorageError(error.errno, f"cannot read {path}: {error.strerror}") from error
-    with file:
-        yield file
 
 
 def exists(path: str) -> bool:
@@ -175,6 +190,39 @@ def remove(path: str) -> None:
             filesystem.delete_file(inner)
     elif os.path.exists(path):
         os.unlink(path)
+
+
+def tensor_parts(
+    tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file, tensor by tensor in the order of their names: the same tensors give the same bytes."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in sorted(tensors):
+        yield tensor_bytes(tensors[name])
+
+
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """Its values in C order, without a copy where they lie so on the CPU."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def write_tensors(path: str, tensors: Mapping[str, Tensor]) -> None:
+    write_parts(path, tensor_parts(tensors))
+
+
+def read_tensors(path: str) -> dict[str, Tensor]:
+    try:
+        return load_safetensors(read_bytes(path))
+    except SafetensorError as error:
+        raise StorageError(f"{path} is no whole safetensors file ({error}). Remove it to make it anew.") from error
 
 
 def write_json(path: str, value: Any) -> None:

@@ -10,7 +10,8 @@ from pipeline.pruning.masks import channel_masks, load_masks, mask, masks_sha256
 from pipeline.pruning.surgery import cut
 from pipeline.pruning.verify import verify
 from pipeline.run import Run
-from pipeline.stages import VERIFY_ROWS, example_images, networks
+from pipeline.stages.cutting import VERIFY_ROWS, example_images
+from pipeline.stages.planning import networks
 
 
 def check_run(run: Run) -> Iterator[str]:

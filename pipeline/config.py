@@ -28,7 +28,14 @@ def _as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _as_names(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else _as_tuple(value)
+
+
 IntTuple = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
+Kinds = Annotated[tuple[Literal["weights", "inputs", "curvature"], ...], BeforeValidator(_as_names)]
 
 
 class ModelConfig(Section):
@@ -141,10 +148,15 @@ class TrainingConfig(Section):
 class ScoreConfig(Section):
     """The saliency pass."""
 
-    criterion: str = "taylor"
-    """Name in saliency.criteria.CRITERIA."""
-    statistics: Literal["channels", "channels+weights"] = "channels"
-    """What the pass stores: per-sample channel gates, or these and the per-weight gradient statistics."""
+    criterion: Names = ("taylor",)
+    """Name in saliency.criteria.CRITERIA; of several the ranks are fused."""
+    criterion_weights: Floats = ()
+    """Weight of each criterion in the fused rank; empty: all alike."""
+    statistics: Kinds = ()
+    """Kept beside the channel gates and what the criteria need, for criteria that are chosen later: `weights` (gradients of each weight),
+    `inputs` (moments of what each layer reads), `curvature` (a second pass with Hessian products)."""
+    stop_when_stable: float | None = Field(default=None, gt=0, lt=1)
+    """End the pass when the last doubling of the rows exchanged at most this fraction of the removed channels; empty: all rows."""
     num_rows: int | None = Field(default=None, ge=1)
     """Rows of data.train to score, spread evenly; empty: all."""
     rows_per_unit: int = Field(default=64, ge=1)
@@ -170,8 +182,9 @@ class BudgetConfig(Section):
     """Fraction of the parameters that remains, between 0 and 1."""
     macs: float | None = None
     """Fraction of the multiply-accumulates that remains, between 0 and 1."""
-    scope: Literal["auto", "global", "layer", "isomorphic"] = "auto"
-    """How groups compete: all together, each alike, or those of one shape; `auto` is the criterion's own."""
+    scope: Literal["auto", "global", "flat", "layer", "isomorphic"] = "auto"
+    """How groups compete: all together by saliency per cost, or by saliency alone (`flat`), each alike, or those of one shape; `auto` is
+    the criterion's own."""
     min_keep: float = Field(default=0.1, gt=0, lt=1)
     """Least fraction of each group that stays."""
     round_to: int = Field(default=8, ge=1)
@@ -191,6 +204,21 @@ class BudgetConfig(Section):
                     f"{name} ({value}) must lie between 0 and 1: the fraction that remains, for example --budget.{name} 0.5."
                 )
         return self
+
+
+class MasksConfig(Section):
+    """Masks of single weights of the dense network, from the same statistics: sparse, of the same shape."""
+
+    pattern: str | None = None
+    """`unstructured`, `N:M` such as 2:4 (N of M consecutive inputs stay), `block:SIZE` (consecutive inputs go together). Empty: none."""
+    keep: float | None = Field(default=None, gt=0, lt=1)
+    """Fraction of the weights that stay; follows from an N:M pattern."""
+    criterion: Names = ("snip_abs",)
+    """Name in saliency.criteria.CRITERIA with a rule for weights; of several the ranks are fused."""
+    criterion_weights: Floats = ()
+    """Weight of each criterion in the fused rank; empty: all alike."""
+    scope: Literal["auto", "global", "layer", "row"] = "auto"
+    """How weights compete: all together, within their layer, or within one output; `auto` is the criterion's own."""
 
 
 class ControlsConfig(Section):
@@ -255,6 +283,7 @@ class RunConfig(Section):
     """Training before pruning; off (epochs = 0) for a network that is trained already."""
     score: ScoreConfig = Field(default_factory=ScoreConfig)
     budget: BudgetConfig = Field(default_factory=BudgetConfig)
+    masks: MasksConfig = Field(default_factory=MasksConfig)
     controls: ControlsConfig = Field(default_factory=ControlsConfig)
     calibrate: CalibrateConfig = Field(default_factory=CalibrateConfig)
     recover: TrainingConfig = Field(default_factory=lambda: TrainingConfig(epochs=3, distill_weight=0.7))

@@ -17,8 +17,6 @@ import PIL
 import timm
 import torch
 import torchvision
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 from torch import Tensor, nn
 
 from pipeline import artifacts
@@ -180,6 +178,14 @@ class Run:
     def fresh(self) -> nn.Module:
         return self._architecture
 
+    def model_inputs(self) -> dict[str, Any]:
+        """What the dense network is made from."""
+        return {
+            "model": self.config.model.model_dump(mode="json"),
+            "checkpoint_sha256": self.checkpoint_sha256,
+            "seed": self.config.seed,
+        }
+
     def initial(self) -> nn.Module:
         """The dense network as the configuration gives it, with its weights."""
         model = self.config.model
@@ -195,16 +201,18 @@ class Run:
 
     def save_network(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Keep weights under RUN/networks."""
-        content = {key: value.detach().cpu().contiguous().clone() for key, value in state.items()}
-        artifacts.write_bytes(self.path("networks", f"{name}.safetensors"), save_safetensors(content))
+        artifacts.write_tensors(self.path("networks", f"{name}.safetensors"), state)
         self._networks.pop(name, None)
+
+    def weights_sha256(self, name: str) -> str:
+        return hashlib.sha256(artifacts.read_bytes(self.path("networks", f"{name}.safetensors"))).hexdigest()
 
     def network(self, name: str, plan: str | None = None) -> nn.Module:
         """A network of this run: the dense architecture, cut by a plan if one is named, with the weights kept under `name`."""
         if name not in self._networks:
             dense = self.fresh()
             model = copy.deepcopy(dense) if plan is None else cut(dense, self.plan(plan))
-            model.load_state_dict(load_safetensors(artifacts.read_bytes(self.path("networks", f"{name}.safetensors"))))
+            model.load_state_dict(artifacts.read_tensors(self.path("networks", f"{name}.safetensors")))
             self._networks[name] = model.eval()
         return self._networks[name]
 
@@ -229,8 +237,9 @@ class Run:
         *,
         micro_batch: int,
         title: str,
+        stride: int = 1,
     ) -> PassResult:
-        """Distribute `task` over `units` with exact sums, in stage `name`; goes on from that stage's commits."""
+        """Distribute `task` over `units` (every `stride`-th) with exact sums, in stage `name`; goes on from that stage's commits."""
         config = self.config
         ledger = Ledger(self.scratch("units", name), len(units), self.manifest.stages[name].fingerprint)
         work = Pass(
@@ -245,13 +254,14 @@ class Run:
             on_bad_row=config.data.on_bad_row,
             decode_threads=config.workers.decode_threads,
         )
-        with progress(title, total=units.num_rows, unit="rows", quiet=config.quiet) as bar:
+        with progress(title, total=-(-units.num_rows // stride), unit="rows", quiet=config.quiet) as bar:
             return run_pass(
                 work,
                 self.pool,
                 commit_interval_s=config.workers.commit_interval_s,
                 max_failures=config.workers.max_failures,
                 max_bad_fraction=config.data.max_bad_fraction,
+                stride=stride,
                 on_progress=lambda rows: bar.update(rows),
                 on_warning=self.say,
             )

@@ -10,7 +10,7 @@ from pipeline.pruning.masks import load_masks, masks_sha256
 from pipeline.report import numbers
 from pipeline.report.html import render
 from pipeline.run import Run
-from pipeline.stages import networks
+from pipeline.stages.planning import networks, plan_rules
 
 
 def write_report(run: Run) -> dict[str, Any]:
@@ -41,6 +41,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "saliency": _saliency(run),
         "plan": _plan(run),
         "masks": {"sha256": _masks_sha256(run)},
+        "stability": _stability(run),
+        "weight_masks": _weight_masks(run, before),
         "verify": _verify(run),
         "frozen": _frozen(run),
         "train": _training(run, "dense", config.train.epochs),
@@ -113,6 +115,29 @@ def _masks_sha256(run: Run) -> str | None:
     return masks_sha256(load_masks(run.path("masks.safetensors"))) if _planned(run) else None
 
 
+def _stability(run: Run) -> dict[str, Any]:
+    found = _read(run, "saliency", "stability.json") or {}
+    error = found.get("relative_standard_error", {})
+    curve = sorted(found.get("curve", []), key=lambda sample: sample["rows"])
+    return {
+        "rows": found.get("rows"),
+        "curve": curve,
+        "median_error": error.get("median"),
+        "p90_error": error.get("p90"),
+    }
+
+
+def _weight_masks(run: Run, before: Any) -> dict[str, Any]:
+    found = _read(run, "weight_masks.json") or {}
+    keys = ("pattern", "criterion", "scope", "sha256", "kept", "weights")
+    figures = {key: found.get(key) for key in keys}
+    return {
+        **figures,
+        "num_whole": len(found["whole"]) if found else None,
+        "top1": _accuracy(before, "masked")["top1"],
+    }
+
+
 def _frozen(run: Run) -> list[dict[str, Any]]:
     if not artifacts.exists(run.path("graph.json")):
         return []
@@ -135,7 +160,7 @@ def _saliency(run: Run) -> dict[str, Any]:
     share = 1 - found["resumed_units"] / found["units"] if found else None
     rate = found["rows"] * share / found["seconds"] if found and share else None
     return {
-        "criterion": run.config.score.criterion,
+        "criterion": plan_rules(run)["ours"].name,
         **values,
         "rows_per_s": rate,
         "skipped": len(found.get("bad_rows", [])),

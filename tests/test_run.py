@@ -25,6 +25,7 @@ from pipeline.config import (
     CalibrateConfig,
     DataConfig,
     EvaluateConfig,
+    MasksConfig,
     ModelConfig,
     RunConfig,
     ScoreConfig,
@@ -33,6 +34,7 @@ from pipeline.config import (
 )
 from pipeline.data.batches import BadRowError
 from pipeline.models.zoo import ModelError
+from pipeline.pruning.masks import load_masks
 from pipeline.run import Run
 from pipeline.summary import write_report
 
@@ -240,6 +242,123 @@ def test_another_budget_and_criterion_take_over_the_statistics(undisturbed: Run,
     )
     assert run.plan("ours").criterion == "fisher"
     assert run.plan("ours").kept.params <= 0.6 * run.plan("ours").dense.params
+
+
+def test_one_pass_serves_every_criterion_and_mask(ray_cluster: None, rows: str, tmp_path: Path):
+    every = ScoreConfig(rows_per_unit=8, micro_batch=8, statistics=("weights", "inputs", "curvature"), num_rows=64)
+    first = Run(config(rows, tmp_path / "first", num_workers=2, score=every, masks=MasksConfig(pattern="2:4")))
+    for stage in (stages.check_early, stages.dense, stages.trace_groups, stages.score, stages.curvature, stages.plan):
+        stage(first)
+    stages.mask_weights(first)
+    first.release_pool()
+    masks = load_masks(first.path("weight_masks.safetensors"))
+    about = artifacts.read_json(first.path("weight_masks.json"))
+    assert all(bool((m.unflatten(1, (-1, 4)).sum(2) == 2).all()) for m in masks.values())
+    assert about["kept"] * 2 == about["weights"]
+    assert "conv1.0.weight" in about["whole"]  # three input channels
+    masked = artifacts.read_tensors(first.path("networks", "masked.safetensors"))
+    assert all(bool((masked[name][~mask] == 0).all()) for name, mask in masks.items())
+    found = {}
+    for names, pattern, keep in (
+        (("obd", "taylor"), "unstructured", 0.5),
+        (("grasp",), "block:4", 0.25),
+        (("activation_variance",), "4:8", None),
+    ):
+        criterion = names if names != ("activation_variance",) else ("wanda",)
+        changed = {
+            "score": every.model_copy(update={"criterion": names}),
+            "masks": MasksConfig(pattern=pattern, keep=keep, criterion=tuple(n for n in criterion if n != "taylor")),
+        }
+        run = Run(config(rows, tmp_path / names[0], **changed))
+        stages.branch(first, run)
+        for stage in (
+            stages.check_early,
+            stages.dense,
+            stages.trace_groups,
+            stages.score,
+            stages.curvature,
+            stages.plan,
+        ):
+            stage(run)
+        stages.mask_weights(run)
+        assert run._pool is None  # nobody computed anything
+        found[names[0]] = (run.plan("ours").criterion, run.plan("ours").scope)
+        kept = sum(int(mask.sum()) for mask in load_masks(run.path("weight_masks.safetensors")).values())
+        total = artifacts.read_json(run.path("weight_masks.json"))["weights"]
+        exact = total * (keep or 0.5)
+        assert exact - 4 < kept <= exact
+    assert found == {
+        "obd": ("obd + taylor", "flat"),
+        "grasp": ("grasp", "global"),
+        "activation_variance": ("activation_variance", "layer"),
+    }
+
+
+def test_the_report_says_how_the_plan_settles(undisturbed: Run):
+    found = artifacts.read_json(undisturbed.path("saliency", "stability.json"))
+    assert [sample["rows"] for sample in found["curve"]] == [
+        104,
+        56,
+        32,
+        16,
+    ]  # units of 8 rows, every 2nd, 4th, 8th, 16th
+    assert all(0 <= sample["plan_change"] < 1 for sample in found["curve"])
+    assert found["curve"][0]["rank_correlation"] > found["curve"][-1]["rank_correlation"] > 0
+    assert 0 < found["relative_standard_error"]["median"] < found["relative_standard_error"]["p90"]
+    summary = write_report(undisturbed)
+    assert [sample["rows"] for sample in summary["stability"]["curve"]] == [16, 32, 56, 104]
+    assert "How the plan settles" in Path(undisturbed.path("report", "report.html")).read_text()
+
+
+@pytest.mark.parametrize("num_workers", [1, 3])
+def test_a_pass_ends_when_the_plan_is_stable_whoever_computes_it(
+    ray_cluster: None, rows: str, tmp_path: Path, num_workers: int
+):
+    score = ScoreConfig(rows_per_unit=4, micro_batch=4, stop_when_stable=0.6)
+    run = Run(config(rows, tmp_path, num_workers, score=score))
+    until_plan(run)
+    run.release_pool()
+    about = artifacts.read_json(run.path("saliency", "pass.json"))
+    assert (about["rows"], about["units"], about["stride"]) == (100, 25, 2)
+    half = ScoreConfig(rows_per_unit=4, micro_batch=4, stop_when_stable=0.001)
+    whole = Run(config(rows, tmp_path / "whole", num_workers, score=half))
+    until_plan(whole)
+    whole.release_pool()
+    assert artifacts.read_json(whole.path("saliency", "pass.json"))["rows"] == 200
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # ray.train's own
+def test_movement_is_collected_while_the_dense_network_is_trained(ray_cluster: None, rows: str, tmp_path: Path):
+    training = TrainingConfig(epochs=1, batch_size=32, num_streams=4, warmup_epochs=0.1, lr=0.01)
+    score = ScoreConfig(criterion="movement", rows_per_unit=8, micro_batch=8)
+    run = Run(config(rows, tmp_path, 2, train=training, score=score))
+    until_plan(run)
+    run.release_pool()
+    assert "score" not in run.manifest.stages  # no row is read for it
+    assert run.plan("ours").criterion == "movement"
+    with pytest.raises(
+        ValueError, match=r"'movement' is summed while the dense network is trained: give train\.epochs"
+    ):
+        stages.check_early(Run(config(rows, tmp_path / "untrained", score=score)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"masks": MasksConfig(pattern="2:3:4")}, "pattern '2:3:4' is unknown"),
+        ({"masks": MasksConfig(pattern="unstructured")}, "keep"),
+        ({"masks": MasksConfig(pattern="2:4", criterion="taylor")}, "'taylor' has no rule for weights"),
+        ({"score": ScoreConfig(criterion=("taylor", "tailor"))}, "'tailor' is unknown"),
+        ({"score": ScoreConfig(criterion="taylor", criterion_weights=(1.0, 2.0))}, "one positive number for each"),
+    ],
+)
+def test_what_cannot_be_scored_or_masked_shows_at_once(
+    ray_cluster: None, rows: str, tmp_path: Path, changes: dict[str, object], words: str
+):
+    run = Run(config(rows, tmp_path, **changes))
+    with pytest.raises(ValueError, match=words):
+        stages.check_early(run)
+    assert run.manifest.stages == {}
 
 
 def test_a_run_directory_of_another_network_is_refused_by_name(undisturbed: Run, rows: str):

@@ -10,7 +10,6 @@ import numpy as np
 
 from pipeline.data.source import RowGroups
 
-
 STRIDES = (2, 4, 8, 16)
 """Nested samples of a source: every 2nd, 4th ... unit. Each is half of the one before, whoever computes it."""
 

@@ -75,6 +75,8 @@ class PassResult:
     commits: int = 0
     rejected_commits: list[str] = field(default_factory=list)
     resumed_units: int = 0
+    stride: int = 1
+    """Every `stride`-th unit was taken."""
 
 
 def run_pass(
@@ -113,7 +115,8 @@ def run_pass(
             coordinator = Coordinator(
                 reading.covered | ~wanted, commit_interval_s=commit_interval_s, max_failures=max_failures
             )
-            _drive(coordinator, pool, work, len(reading.bad_rows), max_bad_fraction, on_progress, on_warning)
+            left_out = int((~wanted & ~reading.covered).sum())
+            _drive(coordinator, pool, work, len(reading.bad_rows), left_out, max_bad_fraction, on_progress, on_warning)
             num_lost += coordinator.num_lost
             reading = work.ledger.coverage()
         else:  # all there by their headers; a commit whose sums turn out broken is done again
@@ -138,6 +141,7 @@ def run_pass(
         commits=reading.commits,
         rejected_commits=reading.rejected,
         resumed_units=resumed,
+        stride=stride,
     )
 
 
@@ -157,6 +161,7 @@ def _drive(
     pool: Pool,
     work: Pass,
     num_bad: int,
+    left_out: int,
     max_bad_fraction: float,
     on_progress: Callable[[int], None],
     on_warning: Callable[[str], None],
@@ -180,8 +185,7 @@ def _drive(
                         raise PassFailed(cause)
                     case Finish():
                         break
-        done = coordinator.num_done
-        on_progress(work.units.num_rows if done == len(work.units) else done * work.units.rows_per_unit)
+        on_progress(min((coordinator.num_done - left_out) * work.units.rows_per_unit, work.units.num_rows))
 
 
 def _require_few_bad_rows(reading: Reading, work: Pass, max_bad_fraction: float) -> None:

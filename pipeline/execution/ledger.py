@@ -68,25 +68,16 @@ class Commit:
     name: str = ""
 
     def parts(self, fingerprint: str) -> Iterator[bytes | memoryview]:
-        """The bytes of its file, tensor by tensor: a safetensors file whose header tells all but the sums."""
-        totals = {name: self.totals[name].detach().cpu().contiguous() for name in sorted(self.totals)}
-        data = {name: memoryview(total.reshape(-1).numpy()).cast("B") for name, total in totals.items()}
+        """The bytes of its file, a safetensors file whose header tells all but the sums."""
+        sums = {name: zlib.crc32(artifacts.tensor_bytes(total)) for name, total in self.totals.items()}
         metadata = {
             "units": format_ranges(self.units),
             "rows": str(self.rows),
             "bad_rows": json.dumps(self.bad_rows),
             "fingerprint": fingerprint,
-            "crc32": json.dumps({name: zlib.crc32(view) for name, view in data.items()}),
+            "crc32": json.dumps(sums),
         }
-        header: dict[str, Any] = {"__metadata__": metadata}
-        end = 0
-        for name, total in totals.items():
-            start, end = end, end + data[name].nbytes
-            header[name] = {"dtype": "I64", "shape": list(total.shape), "data_offsets": [start, end]}
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        yield len(text).to_bytes(8, "little") + text
-        yield from data.values()
+        return artifacts.tensor_parts(self.totals, metadata)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -94,7 +85,7 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     state = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         state.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        state.update(artifacts.tensor_bytes(tensor))
     return state.hexdigest()
 
 

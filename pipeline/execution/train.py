@@ -35,7 +35,7 @@ from pipeline.execution.pool import FATAL
 from pipeline.training.loop import Batches, OnProgress, Record, TrainResult, train
 from pipeline.training.settings import TrainSettings
 
-FINAL, METRICS = "final.safetensors", "metrics.jsonl"
+FINAL, MOVEMENT, METRICS = "final.safetensors", "movement.safetensors", "metrics.jsonl"
 REPORT_EVERY_S = 2.0  # Ray's controller takes one report per worker every two seconds; more would make training wait
 COLLECTIVE_TIMEOUT_S = 600
 START_FAILURES = 3  # worker groups that may fail to start; Ray's default would try for ever
@@ -126,7 +126,8 @@ def fit(
         except TrainingFailedError as error:
             raise _clear_error(error, directory, num_workers, resources) from error
     weights = safetensors.torch.load(artifacts.read_bytes(artifacts.join(directory, FINAL)))
-    return TrainResult(weights, answer["history"], answer["resumed_from"])
+    movement = artifacts.read_tensors(artifacts.join(directory, MOVEMENT))
+    return TrainResult(weights, answer["history"], answer["resumed_from"], movement)
 
 
 # --- in a worker ------------------------------------------------------------------------------------------------------
@@ -159,6 +160,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     if rank == 0:
         reporter.write(result.history)
         data = safetensors.torch.save(result.state_dict, metadata={"fingerprint": job.fingerprint})
+        artifacts.write_tensors(artifacts.join(job.directory, MOVEMENT), result.movement)
         artifacts.write_bytes(artifacts.join(job.directory, FINAL), data)
     return {"history": result.history, "resumed_from": result.resumed_from}
 

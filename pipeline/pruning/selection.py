@@ -164,9 +164,7 @@ def _leading_digits(shards: Callable[[], Iterable[Array]], names: Sequence[str])
     for number, (found, of_shard) in enumerate(map(leading, shards())):
         kind = kind or found
         if found != kind:
-            raise ValueError(
-                f"shard {_label(names, number)} holds {found.name}, others {kind.name}. Convert one of them."
-            )
+            raise ValueError(f"{_label(names, number)} holds {found.name}, others {kind.name}. Convert one of them.")
         counts += of_shard
     kind = kind or FLOAT_TYPES["float32"]
     if counts[MAGNITUDES & kind.exponent == kind.exponent].any():
@@ -222,7 +220,7 @@ def _bucket(counts: Counts, order: NDArray[np.int64], k: int) -> tuple[int, int]
 
 
 def _label(names: Sequence[str], number: int) -> str:
-    return names[number] if names else str(number)
+    return names[number] if names else f"shard {number}"
 
 
 def _refuse(shards: Callable[[], Iterable[Array]], names: Sequence[str]) -> NoReturn:
@@ -234,7 +232,7 @@ def _refuse(shards: Callable[[], Iterable[Array]], names: Sequence[str]) -> NoRe
             if len(bad := np.flatnonzero(piece & exponent == exponent)):
                 score, index = kind.value(int(piece[bad[0]])), start + int(bad[0])
                 raise ValueError(
-                    f"shard {_label(names, number)} holds a score of {score} at index {index}; scores must be finite. "
+                    f"{_label(names, number)} holds a score of {score} at index {index}; scores must be finite. "
                     "The network or its loss gave no number there: look at the statistics of this layer."
                 )
             start += len(piece)

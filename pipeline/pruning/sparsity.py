@@ -1,0 +1,294 @@
+"""Sparsity: patterns of weight masks, True = keep, from a score per weight, higher = keep.
+
+# O = outputs (dim 0 of a weight), I = inputs (dim 1), K = the remaining dimensions, a convolution's kernel
+# B = blocks of a row, G = groups of m inputs
+
+A pattern says which weights go together, a scope says which of them compete. Groups and blocks run along the inputs;
+in a convolution they are consecutive input channels at the same kernel position, as sparse tensor cores read them.
+Every count is exact, and of equal scores the first stays, so that a mask is the same on every machine.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pipeline.pruning.selection import global_masks
+
+ROWS_NUMEL = 1 << 20
+"""Scores whose rows are ranked together: bounds the memory that ranking takes, about 20 bytes a score."""
+
+
+# --- patterns as data -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Pattern:
+    """What a pattern's name means."""
+
+    unit: int = 1
+    """Consecutive inputs that the pattern binds: m of N:M, the size of a block, 1 without structure."""
+    num_keep: int | None = None
+    """n of N:M: how many stay in each group; None for patterns that leave this to a fraction."""
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Of "unstructured", "N:M" like "2:4", or "block:SIZE" like "block:4"."""
+        if text == "unstructured":
+            return cls()
+        if (match := re.fullmatch(r"block:(\d+)", text)) and int(match[1]) > 1:
+            return cls(int(match[1]))
+        if (match := re.fullmatch(r"(\d+):(\d+)", text)) and 0 < int(match[1]) < int(match[2]):
+            return cls(int(match[2]), int(match[1]))
+        raise ValueError(
+            f"pattern {text!r} is unknown; known patterns: unstructured, N:M with 0 < N < M like 2:4, "
+            "block:SIZE with SIZE > 1 like block:4."
+        )
+
+
+def fits(shape: Sequence[int], pattern: str) -> bool:
+    """Whether a weight of this shape can have the pattern: the inputs divide into its groups or blocks.
+
+    What does not fit, such as biases, depthwise convolutions and a first layer that reads three colours, stays whole.
+    Without structure every shape fits; scope "row" asks for two dimensions all the same.
+    """
+    return _fits(shape, Pattern.parse(pattern).unit)
+
+
+def _fits(shape: Sequence[int], unit: int) -> bool:
+    return unit == 1 or (len(shape) > 1 and shape[1] % unit == 0)
+
+
+# --- masks of one weight ----------------------------------------------------------------------------------------------
+
+
+def n_of_m(score_OIK: Tensor, n: int, m: int) -> Tensor:
+    """The mask that keeps the n largest of every m consecutive inputs.
+
+    Args:
+        score_OIK: finite [O, I, ...]; m divides I.
+        n: 0 up to m.
+        m: inputs of a group.
+
+    Returns:
+        bool, shaped like the score; of equal scores of a group the first stay.
+
+    Source: Mishra et al., "Accelerating Sparse Deep Neural Networks", 2021 (2:4).
+    """
+    if not 0 <= n <= m:
+        raise ValueError(f"n ({n}) of {n}:{m} must lie between 0 and {m}, the size of a group.")
+    score_OGmK = _grouped(_finite(score_OIK), m)
+    entries = score_OGmK.unbind(dim=2)
+    kept = []
+    for i, entry in enumerate(entries):
+        # A place is the number of entries that go before this one: m - 1 comparisons are faster than sorting.
+        place = torch.zeros_like(entry, dtype=torch.int32)
+        for j, other in enumerate(entries):
+            if j != i:
+                place += other >= entry if j < i else other > entry
+        kept.append(place < n)
+    return torch.stack(kept, dim=2).flatten(1, 2)
+
+
+def largest_per_row(score_OIK: Tensor, num_keep: int) -> Tensor:
+    """The mask that keeps the `num_keep` largest scores of every output.
+
+    Args:
+        score_OIK: finite [O, I, ...]; a row is everything that one output reads.
+        num_keep: 0 up to the length of a row.
+
+    Returns:
+        bool, shaped like the score; of equal scores of a row the first in row order stay.
+
+    Source: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models", ICLR 2024 (Wanda), which
+    compares within one output.
+    """
+    row_length = _row_length(score_OIK)
+    if not 0 <= num_keep <= row_length:
+        raise ValueError(f"num_keep ({num_keep}) must lie between 0 and {row_length}, the length of a row.")
+    if num_keep in (0, row_length):
+        return torch.full_like(score_OIK, num_keep > 0, dtype=torch.bool)
+    rows = _finite(score_OIK).flatten(1).split(max(1, ROWS_NUMEL // row_length))
+    return torch.cat([_largest(score_RC, num_keep) for score_RC in rows]).reshape(score_OIK.shape)
+
+
+def _row_length(score_OIK: Tensor) -> int:
+    if score_OIK.dim() < 2:
+        raise ValueError(
+            f"a weight of shape {list(score_OIK.shape)} has no rows [outputs, inputs, ...]. Leave it whole."
+        )
+    return math.prod(score_OIK.shape[1:])
+
+
+def _largest(score_RC: Tensor, k: int) -> Tensor:
+    line_R1 = score_RC.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    above, ties = score_RC > line_R1, score_RC == line_R1
+    return above | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= k - above.sum(dim=1, keepdim=True)))
+
+
+def block_scores(score_OIK: Tensor, size: int) -> Tensor:
+    """Scores of blocks: the sum over every `size` consecutive inputs; signed scores may cancel.
+
+    Args:
+        score_OIK: [O, I, ...]; `size` divides I.
+        size: inputs of a block.
+
+    Returns:
+        [O, I / size, ...], float32, or float64 for scores of float64. Added in float64 from first to last and rounded
+        once: the same bits for every layout and on every machine.
+    """
+    first, *others = _grouped(score_OIK, size).unbind(dim=2)
+    total_OBK = first.double()
+    for other in others:
+        total_OBK = total_OBK + other
+    return total_OBK.to(torch.promote_types(score_OIK.dtype, torch.float32))
+
+
+def expand_blocks(mask_OBK: Tensor, size: int) -> Tensor:
+    """The mask of weights [O, B * size, ...] from the mask of their blocks [O, B, ...]."""
+    return mask_OBK.repeat_interleave(size, dim=1)
+
+
+def _grouped(score_OIK: Tensor, size: int) -> Tensor:
+    """[O, I / size, size, ...]: a view."""
+    if not _fits(score_OIK.shape, size) or score_OIK.dim() < 2:
+        raise ValueError(
+            f"a weight of shape {list(score_OIK.shape)} has no inputs (dim 1) that divide by {size}. Leave it whole: "
+            "`fits` tells which weights do."
+        )
+    return score_OIK.detach().unflatten(1, (-1, size))
+
+
+def _finite(score: Tensor) -> Tensor:
+    """The score; infinities and NaN, which do not compare, are refused."""
+    if not (finite := score.isfinite()).all():
+        index = (~finite).nonzero()[0].tolist()
+        raise ValueError(
+            f"the score at {index} is {score[tuple(index)].item()}; scores must be finite. The network or its loss "
+            "gave no number there: look at the statistics of this layer."
+        )
+    return score.detach()
+
+
+# --- masks of a network -----------------------------------------------------------------------------------------------
+
+
+def weight_masks(scores: Mapping[str, Tensor], *, pattern: str, keep: float | None, scope: str) -> dict[str, Tensor]:
+    """The masks of all weights that have a score.
+
+    Args:
+        scores: name -> finite score per weight, higher = keep. Looked up one at a time, several times for scope
+            "global", so that a mapping may read from disk. Weights that stay whole are left out: `fits` tells which must.
+        pattern: "unstructured", "N:M" or "block:SIZE".
+        keep: fraction of the weights, or blocks, that stays: above 0, up to 1; times their number and rounded down,
+            exactly. N:M has its own, n / m; say that or None.
+        scope: a name in SCOPES: who competes. In N:M it is always the entries of a group, whatever the scope.
+
+    Returns:
+        name -> bool, True = keep, shaped like the score.
+
+    Raises:
+        ValueError: pattern, keep and scope do not go together, a weight does not fit the pattern, a score is infinite
+            or NaN, or nothing would be kept of what competes.
+    """
+    parsed = Pattern.parse(pattern)
+    if (masks_of := SCOPES.get(scope)) is None:
+        raise ValueError(f"scope {scope!r} is unknown; known scopes: {', '.join(SCOPES)}.")
+    fraction = kept_fraction(pattern, keep)
+    if not scores:
+        raise ValueError(f"there are no scores: no weight fits pattern {pattern}, or all were left out.")
+    if parsed.num_keep is not None:
+        rule = partial(n_of_m, n=parsed.num_keep, m=parsed.unit)
+        return {name: _named(name, rule, scores[name]) for name in scores}
+    if parsed.unit == 1:
+        return masks_of(scores, fraction)
+    masks = masks_of(_Blocks(scores, parsed.unit), fraction)
+    return {name: expand_blocks(masks.pop(name), parsed.unit) for name in scores}
+
+
+def kept_fraction(pattern: str, keep: float | None) -> Fraction:
+    """The fraction that stays, exactly. ValueError if pattern and keep do not go together."""
+    parsed = Pattern.parse(pattern)
+    if parsed.num_keep is not None:
+        own = parsed.num_keep / parsed.unit
+        if keep is not None and keep != own:
+            raise ValueError(f"keep ({keep}) contradicts pattern {pattern}, which keeps {own}. Leave keep out.")
+        return Fraction(parsed.num_keep, parsed.unit)
+    if keep is None or not 0 < keep <= 1:
+        raise ValueError(f"keep ({keep}) must be above 0 and at most 1: the fraction that stays in pattern {pattern}.")
+    return Fraction(repr(float(keep)))  # 0.3 of 10 is 3, and a little less in floating point
+
+
+class _Blocks(Mapping[str, Tensor]):
+    """The scores of blocks, computed anew at each look-up."""
+
+    def __init__(self, scores: Mapping[str, Tensor], size: int) -> None:
+        self.scores = scores
+        self.rule = partial(block_scores, size=size)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return _named(name, self.rule, self.scores[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.scores)
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+def _named(name: str, rule: Callable[[Tensor], Tensor], score: Tensor) -> Tensor:
+    """What the rule makes of the score; its complaints get the name."""
+    try:
+        return rule(score)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+# --- scopes -----------------------------------------------------------------------------------------------------------
+
+
+def _global(scores: Mapping[str, Tensor], keep: Fraction) -> dict[str, Tensor]:
+    """All scores compete; ties go by (name, index)."""
+    return global_masks(scores, _num_keep(keep, sum(scores[name].numel() for name in scores)))
+
+
+def _layer(scores: Mapping[str, Tensor], keep: Fraction) -> dict[str, Tensor]:
+    """Every weight keeps the same fraction."""
+
+    def mask(score: Tensor) -> Tensor:
+        return global_masks({"weight": score}, _num_keep(keep, score.numel()))["weight"]
+
+    return {name: _named(name, mask, scores[name]) for name in scores}
+
+
+def _row(scores: Mapping[str, Tensor], keep: Fraction) -> dict[str, Tensor]:
+    """Every output of every weight keeps the same fraction."""
+
+    def mask(score: Tensor) -> Tensor:
+        return largest_per_row(score, _num_keep(keep, _row_length(score)))
+
+    return {name: _named(name, mask, scores[name]) for name in scores}
+
+
+def _num_keep(keep: Fraction, num_scores: int) -> int:
+    num_keep = math.floor(keep * num_scores)
+    if num_keep == 0:
+        raise ValueError(
+            f"keep ({float(keep)}) leaves none of the {num_scores} scores that compete. Raise keep, choose a wider scope, "
+            "or leave the weight whole."
+        )
+    return num_keep
+
+
+SCOPES: dict[str, Callable[[Mapping[str, Tensor], Fraction], dict[str, Tensor]]] = {
+    "global": _global,
+    "layer": _layer,
+    "row": _row,
+}

@@ -59,6 +59,9 @@ def render(summary: Mapping[str, Any], *, written: float | None = None) -> str:
         kept=plots.kept_channels(groups),
         kept_total=(sum(g["kept"] for g in groups), sum(g["size"] for g in groups)),
         curves=training_curves(full),
+        settling=plots.curve(
+            [*full["stability"]["curve"]], "plan_change", "removed channels exchanged, %", scale=100.0, x="rows"
+        ),
         stages=plots.stage_times(full["stages"]),
         seconds=sum(stage["seconds"] or 0.0 for stage in full["stages"]),
         classes=plots.class_accuracy(full["per_class"]),
@@ -119,7 +122,33 @@ def findings(summary: Summary) -> list[str]:
             f"Cut and masked dense network, compared on {text.whole(verify['rows'])} rows: outputs differ by at "
             f"most {text.small(verify['max_abs_diff'])} (relative {text.small(verify['max_rel_diff'])})."
         )
-    return found
+    return [*found, *_settled(summary), *_masked(summary)]
+
+
+def _settled(summary: Summary) -> list[str]:
+    stability = summary["stability"]
+    if not stability["curve"] or stability["rows"] is None:
+        return []
+    half = max(stability["curve"], key=lambda sample: sample["rows"])
+    error = ""
+    if stability["median_error"] is not None:
+        median, most = (text.percent(stability[key], 1) for key in ("median_error", "p90_error"))  # type: ignore[literal-required]
+        error = f" The standard error of a channel's saliency is {median} of it in the median, at most {most} for nine of ten."
+    return [
+        f"From {half['rows']:,} to {stability['rows']:,} rows the plan exchanges {text.percent(half['plan_change'], 1)} of the removed "
+        f"channels; the ranks correlate with {half['rank_correlation']:.4f}.{error}"
+    ]
+
+
+def _masked(summary: Summary) -> list[str]:
+    masks = summary["weight_masks"]
+    if masks["kept"] is None:
+        return []
+    accuracy = f": top-1 {text.percent(masks['top1'])} without any training" if masks["top1"] is not None else ""
+    return [
+        f"Masks of single weights ({masks['pattern']}, {masks['criterion']}) keep {text.share(masks['kept'], masks['weights'])} of "
+        f"{text.count(masks['weights'])} weights of the dense network{accuracy}. A dense runtime gains no time from them."
+    ]
 
 
 def absent(summary: Summary) -> list[str]:
@@ -273,6 +302,7 @@ def hashes(summary: Summary) -> list[tuple[str, str]]:
         "saliency": summary["saliency"]["sha256"],
         "plan": summary["plan"]["sha256"],
         "masks": summary["masks"]["sha256"],
+        "weight masks": summary["weight_masks"]["sha256"],
         "training rows": summary["data"]["train"],
         "validation rows": summary["data"]["val"],
     }

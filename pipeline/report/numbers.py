@@ -58,6 +58,38 @@ class Masks(TypedDict):
     sha256: str | None
 
 
+class Sample(TypedDict):
+    """The plan that a part of the rows gives, against that of all rows."""
+
+    rows: int
+    plan_change: float
+    """Share of the removed channels that the two plans do not have in common."""
+    rank_correlation: float
+    """Spearman's, over all channels."""
+
+
+class Stability(TypedDict):
+    """How the plan settles with the number of rows. Standard errors are relative to a channel's saliency, over the channels."""
+
+    rows: int | None
+    curve: list[Sample]
+    median_error: float | None
+    p90_error: float | None
+
+
+class WeightMasks(TypedDict):
+    """Masks of single weights of the dense network; `weights` is the number of those that were maskable."""
+
+    pattern: str | None
+    criterion: str | None
+    scope: str | None
+    sha256: str | None
+    kept: int | None
+    weights: int | None
+    num_whole: int | None
+    top1: float | None
+
+
 class Verified(TypedDict):
     """Largest difference between the outputs of the cut network and of the masked dense one."""
 
@@ -119,6 +151,8 @@ class Summary(TypedDict):
     saliency: Saliency
     plan: PlanFigures
     masks: Masks
+    stability: Stability
+    weight_masks: WeightMasks
     verify: Verified
     frozen: list[FrozenGroup]
     train: Training
@@ -140,6 +174,8 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "saliency": ("criterion", "rows", "units", "workers", "sha256", "seconds", "rows_per_s", "skipped", *_PASS),
     "plan": ("sha256", "scope"),
     "masks": ("sha256",),
+    "stability": ("rows", "median_error", "p90_error"),
+    "weight_masks": ("pattern", "criterion", "scope", "sha256", "kept", "weights", "num_whole", "top1"),
     "verify": ("max_abs_diff", "max_rel_diff", "rows"),
     "train": ("epochs", "seconds", "rows_per_s"),
     "recover": ("epochs", "seconds", "rows_per_s"),
@@ -147,6 +183,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
 }
 _RECORDS: dict[str, tuple[str, ...]] = {
     "plan.groups": ("name", "size", "kept"),
+    "stability.curve": ("rows", "plan_change", "rank_correlation"),
     "frozen": ("group", "size", "operation", "where", "reason"),
     "stages": ("name", "state", "seconds", "started", "finished", "attempts"),
     "bad_rows": ("file", "row_group", "row", "cause"),
@@ -156,7 +193,7 @@ _RECORDS: dict[str, tuple[str, ...]] = {
 }
 _ENVIRONMENT = ("command", "python", "device", "cpus")
 _ACCURACIES = {"top1", "top5", "agreement", "top1_before_recovery"}
-_TEXTS = {"criterion", "sha256", "scope"}
+_TEXTS = {"criterion", "sha256", "scope", "pattern"}
 
 
 def complete(given: Mapping[str, Any]) -> Summary:

@@ -118,27 +118,29 @@ def accuracy_against(networks: Sequence[Network], costs: Sequence[float | None],
 # --- training -------------------------------------------------------------------------------------------------------
 
 
-def curve(history: Sequence[Mapping[str, Any]], key: str, title: str, *, scale: float = 1.0) -> Markup | None:
+def curve(
+    history: Sequence[Mapping[str, Any]], key: str, title: str, *, scale: float = 1.0, x: str = "step"
+) -> Markup | None:
     """A figure of the history against the step, with its last value named. Records without it leave a gap."""
-    placed = [record for record in history if record.get("step") is not None and key in record]
-    known = [(float(record["step"]), scale * record[key]) for record in placed if record[key] is not None]
+    placed = [record for record in history if record.get(x) is not None and key in record]
+    known = [(float(record[x]), scale * record[key]) for record in placed if record[key] is not None]
     if not known:
         return None
-    steps, values = [x for x, _ in known], [y for _, y in known]
-    last = max(float(record["step"]) for record in history if record.get("step") is not None)
-    frame = Frame((0.0, last or 1.0), svg.padded(values, floor=0.0), "step", title, right=58)
+    steps, values = [step for step, _ in known], [y for _, y in known]
+    last = max(float(record[x]) for record in history if record.get(x) is not None)
+    frame = Frame((0.0, last or 1.0), svg.padded(values, floor=0.0), x, title, right=58)
     pieces: list[list[tuple[float, float]]] = [[]]
     for record in placed:  # where it was not measured the curve goes on
         if record[key] is None:
             pieces.append([])  # not finite: the curve breaks
         else:
-            pieces[-1].append((float(record["step"]), scale * record[key]))
+            pieces[-1].append((float(record[x]), scale * record[key]))
     for piece in pieces:
-        way = "L".join(f"{frame.x(x):.1f} {frame.y(y):.1f}" for x, y in _thinned(piece))
+        way = "L".join(f"{frame.x(step):.1f} {frame.y(y):.1f}" for step, y in _thinned(piece))
         frame.body.append(f'<path d="M{way}" class="curve"/>' if way else "")
-    x, y = frame.x(steps[-1]), frame.y(values[-1])
-    frame.body += [svg.circle(x, y, 3.5, "ours"), svg.text(x + 9, y + 4, f"{values[-1]:.4g}", "ours")]
-    return frame.drawing(f"{title} against step")
+    at, y = frame.x(steps[-1]), frame.y(values[-1])
+    frame.body += [svg.circle(at, y, 3.5, "ours"), svg.text(at + 9, y + 4, f"{values[-1]:.4g}", "ours")]
+    return frame.drawing(f"{title} against {x}")
 
 
 def _thinned(points: Sequence[tuple[float, float]], most: int = 600) -> Sequence[tuple[float, float]]:

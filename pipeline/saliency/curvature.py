@@ -37,7 +37,7 @@ class CurvatureStatistics:
 
     def __init__(self, model: nn.Module, graph: Graph, gradient: Mapping[str, Tensor]) -> None:
         self.model = model
-        self.segments: dict[str, tuple[int, ...]] = {}
+        self.segments: Mapping[str, tuple[int, ...]] = {}
         self._names = list(multiplied(model, graph))
         rows = int(gradient["rows"])
         self._gradient = [(gradient[f"grad_sum/{name}"].double() / rows).float() for name in self._names]

@@ -90,7 +90,7 @@ class GateStatistics:
         self.weights = weights
         self.inputs = inputs
         sizes = tuple(group.size for group in graph.groups)
-        self.segments = {kind: sizes for kind in GATE_KINDS} if sizes else {}
+        self.segments: Mapping[str, tuple[int, ...]] = {kind: sizes for kind in GATE_KINDS} if sizes else {}
         """Groups differ in scale: each has a grid of its own."""
         self._device = torch.device("cpu")
         self._copy = False  # gates hand on copies, for networks that write into a consumer's input afterwards

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
@@ -57,6 +57,8 @@ class TrainResult:
     history: list[Record]
     resumed_from: int
     """Step of the checkpoint that this call went on from; 0 for a fresh start."""
+    movement: dict[str, Tensor] = field(default_factory=dict)
+    """With settings.movement: parameter -> float32 sum over the steps of -w * g, on the CPU. On rank 0; empty on the others."""
 
 
 def train(
@@ -109,7 +111,8 @@ def train(
                     on_progress(run.history)
             if run.at_checkpoint():
                 run.save()
-        return TrainResult(run.final_state(), run.history, run.resumed_from)
+        movement = {name: value.cpu() for name, value in run.movement.items()}
+        return TrainResult(run.final_state(), run.history, run.resumed_from, movement)
 
 
 class _Run:
@@ -141,6 +144,12 @@ class _Run:
         )
         # Only rank 0 averages: it is the one that writes, and the batch-norm statistics are its own.
         self.ema = build_ema(learner.model, settings.ema_decay) if settings.ema_decay > 0 and rank == 0 else None
+        # Gradients are the same on every rank: one of them sums.
+        self.movement = (
+            {name: torch.zeros_like(p, dtype=torch.float32) for name, p in learner.model.named_parameters()}
+            if settings.movement and rank == 0
+            else {}
+        )
         self.step = 0
         self.resumed_from = 0
         self.history: list[Record] = []
@@ -174,12 +183,20 @@ class _Run:
         self.schedule.step_update(self.step)
         self.optimizer.zero_grad(set_to_none=True)
         self.pending.append(self.learner.backward(images, labels))
+        self._note_movement()
         if self.settings.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.learner.model.parameters(), self.settings.clip_grad_norm)
         self.optimizer.step()
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.learner.model, step=self.step)
+
+    @torch.no_grad()
+    def _note_movement(self) -> None:
+        """Source: Sanh, Wolf, Rush, "Movement Pruning", NeurIPS 2020, section 4; the learning rate is left out there, too."""
+        for name, parameter in self.learner.model.named_parameters() if self.movement else ():
+            if parameter.grad is not None:
+                self.movement[name].addcmul_(parameter, parameter.grad, value=-1)
 
     # --- records ------------------------------------------------------------------------------------------------------
 
@@ -255,6 +272,7 @@ class _Run:
             "step": self.step,
             "sampler": {"epoch": epoch, "start_step": start_step},
             "model": self.learner.model.state_dict(),
+            "movement": self.movement,
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -272,6 +290,8 @@ class _Run:
         self.learner.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
+        if self.movement:
+            self.movement = {name: value.to(self.learner.device) for name, value in state["movement"].items()}
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.history = state["history"]

@@ -42,6 +42,8 @@ class TrainSettings:
     """Faster on GPUs, and on CPUs above all where convolutions are depthwise."""
     clip_grad_norm: float | None = None
     """Largest global norm of a gradient; None = no limit."""
+    movement: bool = False
+    """Also sum -w * g of every weight over the steps, before each update."""
     seed: int = 0
     """Of dropout and drop path. The order of the rows and their augmentation have their own."""
     checkpoint_every_steps: int = 500

@@ -21,6 +21,8 @@ GOLDEN = {
     },
     "plan": {"sha256", "budget", "scope", "groups"},
     "masks": {"sha256"},
+    "stability": {"rows", "curve", "median_error", "p90_error"},
+    "weight_masks": {"pattern", "criterion", "scope", "sha256", "kept", "weights", "num_whole", "top1"},
     "verify": {"max_abs_diff", "max_rel_diff", "rows"},
     "frozen": None,
     "train": {"epochs", "seconds", "rows_per_s", "history"},

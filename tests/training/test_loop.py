@@ -42,6 +42,26 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path, optimizer,
     assert torch.equal(last[0]["random_states"][0]["cpu"], last[1]["random_states"][0]["cpu"])
 
 
+def test_movement_is_the_sum_of_minus_weight_times_gradient_also_after_a_resume(tmp_path):
+    settings = toy_settings(movement=True, optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.01)
+    whole = run(tmp_path / "whole", settings=settings)
+    with pytest.raises(Killed):
+        run(tmp_path / "cut", ToyBatches(dies_at=6), settings)
+    assert same_tensors(run(tmp_path / "cut", settings=settings).movement, whole.movement)
+    # Plain SGD: the first step moves w by -lr g, so its -w g is w (w' - w) / lr.
+    before = dict(toy_model().named_parameters())
+    one = toy_settings(movement=True, optimizer="sgd", momentum=0.0, weight_decay=0.0, epochs=1, lr=0.01)
+
+    def first_step(epoch: int, start_step: int) -> list:
+        return list(ToyBatches()(epoch, start_step))[:1]
+
+    first = train(toy_model(), None, first_step, one, steps_per_epoch=1)
+    for name, movement in first.movement.items():
+        expected = before[name].detach() * (first.state_dict[name] - before[name].detach()) / 0.01
+        assert torch.allclose(movement, expected, atol=1e-4), name
+    assert run(None).movement == {}
+
+
 def test_finished_run_is_only_read_again(tmp_path):
     first = run(tmp_path)
     again = run(tmp_path, ToyBatches(dies_at=0))

@@ -1,0 +1,71 @@
+"""The stages of a run, in the order of the data. Each finds its input in the run directory and leaves its output there."""
+
+from __future__ import annotations
+
+from pipeline import artifacts
+from pipeline.data.folder import require_same_classes
+from pipeline.data.units import Units
+from pipeline.run import Run, environment
+from pipeline.stages.cutting import calibrate, cut_and_verify
+from pipeline.stages.masking import check_masks, mask_weights
+from pipeline.stages.planning import kinds_needed, plan
+from pipeline.stages.results import evaluate_after, evaluate_before, export, latency
+from pipeline.stages.scoring import curvature, score, trace_groups
+from pipeline.stages.training import dense, recover, training_order
+
+SHARED = {
+    "dense": ["networks/dense.safetensors", "networks/dense-movement.safetensors"],
+    "trace": ["graph.json"],
+    "score": ["saliency/statistics.safetensors", "saliency/pass.json"],
+    "curvature": ["saliency/curvature.safetensors"],
+}
+"""What runs with other budgets and criteria have in common, by stage; a file that a run had no need of is left out."""
+
+
+def run_all(run: Run) -> None:
+    """From a trained network to a smaller one and a report."""
+    check_early(run)
+    dense(run)
+    trace_groups(run)
+    score(run)
+    curvature(run)
+    plan(run)
+    mask_weights(run)
+    cut_and_verify(run)
+    calibrate(run)
+    evaluate_before(run)
+    recover(run)
+    evaluate_after(run)
+    latency(run)
+    export(run)
+
+
+def branch(old: Run, new: Run) -> None:
+    """Begin `new` with the dense network, the graph and the statistics of `old`, as far as they are done there."""
+    for stage, files in SHARED.items():
+        record = old.manifest.stages.get(stage)
+        if record is None or record.state != "done" or stage in new.manifest.stages:
+            continue
+        for file in files:
+            if artifacts.exists(old.path(file)):
+                artifacts.write_bytes(new.path(file), artifacts.read_bytes(old.path(file)))
+        new.manifest.adopt(stage, record)
+        new.say(f"{stage}: taken from {old.dir}")
+
+
+def check_early(run: Run) -> None:
+    """What would end the run after hours ends it now: names, paths, budgets, the network's size against the labels'."""
+    config = run.config
+    artifacts.probe_writable(run.dir)
+    kinds_needed(run)
+    check_masks(run)
+    _ = run.num_classes
+    require_same_classes(run.train_rows, run.val_rows)
+    Units(run.train_rows.row_groups, config.score.rows_per_unit, config.score.num_rows)
+    Units(run.val_rows.row_groups, config.evaluate.batch_size, config.evaluate.num_rows)
+    for training in (config.train, config.recover):
+        if training.epochs:
+            training_order(run, training)
+    if not artifacts.exists(run.path("config.yaml")):
+        artifacts.write_json(run.path("environment.json"), environment(run))
+        run.keep_config()

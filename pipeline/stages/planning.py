@@ -1,0 +1,151 @@
+"""The stage that decides which channels stay, from what is stored: no pass over the data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from pipeline import artifacts
+from pipeline.data.units import STRIDES
+from pipeline.models.graph import Graph
+from pipeline.pruning import allocation
+from pipeline.pruning.masks import channel_masks, save_masks
+from pipeline.pruning.plan import Budget, Plan
+from pipeline.pruning.stability import plan_change, rank_correlation, relative_error
+from pipeline.run import Run
+from pipeline.saliency import criteria
+from pipeline.saliency.channel_rules import Saliency, standard_error
+from pipeline.saliency.criteria import Rule
+from pipeline.saliency.curvature import CURVATURE_KINDS
+from pipeline.saliency.statistics import INPUT_KINDS, WEIGHT_KINDS, GateStatistics, at_stride
+
+STORED = {"weights": WEIGHT_KINDS, "inputs": INPUT_KINDS, "curvature": CURVATURE_KINDS}
+"""What score.statistics may ask for, by kind."""
+
+
+def networks(run: Run) -> list[str]:
+    """The plans that are cut: ours and the controls."""
+    return ["ours", *run.config.controls.criteria]
+
+
+def plan_rules(run: Run) -> dict[str, Rule]:
+    """The rule of each plan that is made."""
+    settings = run.config.score
+    ours = criteria.rule("channels", *settings.criterion, shares=settings.criterion_weights)
+    return {"ours": ours, **{name: criteria.rule("channels", name) for name in run.config.controls.criteria}}
+
+
+def mask_rule(run: Run) -> Rule | None:
+    """The rule of the weight masks, if any are made."""
+    settings = run.config.masks
+    if settings.pattern is None:
+        return None
+    return criteria.rule("weights", *settings.criterion, shares=settings.criterion_weights)
+
+
+def kinds_needed(run: Run) -> set[str]:
+    """Kinds of statistics that this run's criteria read, and those that it is asked to keep for others."""
+    rules = [*plan_rules(run).values(), mask_rule(run)]
+    kinds = {kind for rule in rules if rule for kind in rule.needs}
+    kinds |= {kind for name in run.config.score.statistics for kind in STORED[name]}
+    if "movement" in kinds and not run.config.train.epochs:
+        raise ValueError(
+            "criterion 'movement' is summed while the dense network is trained: give train.epochs, or choose another criterion."
+        )
+    return kinds
+
+
+def statistics(run: Run) -> dict[str, Tensor]:
+    """Everything that the scoring passes and the training have stored; empty if no criterion needed any."""
+    found: dict[str, Tensor] = {}
+    for name in ("statistics", "curvature"):
+        path = run.path("saliency", f"{name}.safetensors")
+        if artifacts.exists(path):
+            found = {**artifacts.read_tensors(path), **found}  # the first pass counts the rows
+    path = run.path("networks", "dense-movement.safetensors")
+    if artifacts.exists(path):
+        found |= {f"movement/{name}": value for name, value in artifacts.read_tensors(path).items()}
+    return found
+
+
+def saliency_of(run: Run, rule: Rule, graph: Graph, stored: Mapping[str, Tensor]) -> Saliency:
+    weights = {name: tensor.detach() for name, tensor in run.network("dense").state_dict().items()}
+    saliency: Saliency = rule.fn(graph, stored, weights, run.config.score.seed)
+    return saliency
+
+
+def planned(run: Run, graph: Graph, saliency: Saliency, rule: Rule) -> Plan:
+    settings = run.config.budget
+    return allocation.plan(
+        graph,
+        saliency,
+        Budget(params=settings.params, macs=settings.macs),
+        criterion=rule.name,
+        scope=rule.scope if settings.scope == "auto" else settings.scope,
+        min_keep=settings.min_keep,
+        round_to=settings.round_to,
+    )
+
+
+def our_plan(run: Run, stored: Mapping[str, Tensor]) -> Plan:
+    """What the chosen criterion would keep, judged by these statistics."""
+    graph, rule = run.graph(), plan_rules(run)["ours"]
+    return planned(run, graph, saliency_of(run, rule, graph, stored), rule)
+
+
+def plan(run: Run) -> None:
+    """RUN/plan.json, RUN/plans/CONTROL.json, RUN/masks.safetensors, RUN/saliency/NAME.safetensors and stability.json."""
+    config, graph, rules = run.config, run.graph(), plan_rules(run)
+    inputs = {
+        "graph": graph.sha256(),
+        "weights": run.weights_sha256("dense"),
+        "saliency": sums_sha256(run, rules["ours"]),
+        "criteria": {name: rule.name for name, rule in rules.items()},
+        "seed": config.score.seed,
+        "budget": config.budget.model_dump(mode="json"),
+    }
+
+    def work() -> None:
+        stored = statistics(run)
+        for name, rule in rules.items():
+            saliency = saliency_of(run, rule, graph, stored)
+            artifacts.write_bytes(run.plan_path(name), planned(run, graph, saliency, rule).to_json().encode())
+            artifacts.write_tensors(run.path("saliency", f"{name}.safetensors"), saliency)
+        artifacts.write_json(run.path("saliency", "stability.json"), stability(run, stored))
+        save_masks(run.path("masks.safetensors"), channel_masks(run.plan("ours")))
+
+    run.stage("plan", inputs, run.path("plan.json"), work)
+
+
+def sums_sha256(run: Run, rule: Rule) -> list[str]:
+    """Of the exact sums that a rule reads: what it decides changes with them."""
+    stages = {"curvature": CURVATURE_KINDS, "score": (*WEIGHT_KINDS, *INPUT_KINDS, *GateStatistics.nested)}
+    used = [stage for stage, kinds in stages.items() if {*rule.needs} & {*kinds}]
+    found = [run.manifest.stages[stage].fingerprint for stage in used if stage == "curvature"]
+    if "score" in used:
+        found.append(artifacts.read_json(run.path("saliency", "pass.json"))["sha256"])
+    return found
+
+
+def stability(run: Run, stored: Mapping[str, Tensor]) -> dict[str, Any]:
+    """How the plan settles with the number of rows; empty where the criterion reads what is kept over all rows only."""
+    rule, graph = plan_rules(run)["ours"], run.graph()
+    if not rule.needs or not {*rule.needs} <= GateStatistics.nested:
+        return {}
+    final, saliency = run.plan("ours"), saliency_of(run, rule, graph, stored)
+    curve = []
+    for stride in STRIDES:
+        sample = at_stride(stored, stride)
+        if 0 < int(sample.get("rows", 0)) < int(stored["rows"]):
+            change = plan_change(our_plan(run, sample), final)
+            correlation = rank_correlation(saliency_of(run, rule, graph, sample), saliency)
+            curve.append({"rows": int(sample["rows"]), "plan_change": change, "rank_correlation": correlation})
+    found: dict[str, Any] = {"rows": int(stored["rows"]), "curve": curve}
+    if rule.error:
+        error = standard_error(graph, stored, *rule.error)
+        artifacts.write_tensors(run.path("saliency", "standard_error.safetensors"), error)
+        mean = {group.name: stored[f"{rule.error[0]}/{group.name}"] / int(stored["rows"]) for group in graph.groups}
+        found["relative_standard_error"] = relative_error(mean, error)
+    return found

@@ -1,0 +1,134 @@
+"""Stages that measure and hand over: accuracy, latency, the artifact."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline import artifacts
+from pipeline.data.units import Units
+from pipeline.export import artifact
+from pipeline.run import Run
+from pipeline.stages.cutting import cut_inputs
+from pipeline.stages.planning import networks
+from pipeline.stages.training import recovered
+from pipeline.training.evaluate import Evaluation, summarise
+from pipeline.training.latency import measure_latency
+
+
+def evaluate_before(run: Run) -> None:
+    """RUN/evaluation/before.json: the dense network and every cut one before any training."""
+    models: dict[str, tuple[str, str | None]] = {"dense": ("dense", None)}
+    models |= {name: (f"{name}-calibrated", name) for name in networks(run)}
+    if run.config.masks.pattern is not None:
+        models["masked"] = ("masked", None)
+    evaluate(run, "evaluate-before", "before", models)
+
+
+def evaluate_after(run: Run) -> None:
+    """RUN/evaluation/after.json: the recovered networks beside the dense one."""
+    if run.config.recover.epochs:
+        plans = {name: (f"{name}-recovered", name) for name in recovered(run)}
+        evaluate(run, "evaluate-after", "after", {"dense": ("dense", None), **plans})
+
+
+def evaluate(run: Run, stage: str, file: str, models: dict[str, tuple[str, str | None]]) -> None:
+    settings = run.config.evaluate
+    units = Units(run.val_rows.row_groups, settings.batch_size, settings.num_rows)
+    inputs = run.pass_inputs(
+        run.val_rows,
+        units,
+        settings.batch_size,
+        weights={name: run.weights_sha256(weights) for name, (weights, _) in models.items()},
+    )
+
+    def work() -> None:
+        loaded = {name: run.network(weights, plan=plan_name) for name, (weights, plan_name) in models.items()}
+        task = Evaluation(loaded, run.num_classes, reference="dense")
+        result = run.data_pass(
+            stage,
+            task,
+            run.val_rows,
+            units,
+            micro_batch=settings.batch_size,
+            title=f"evaluate {file} recovery",
+        )
+        metrics = {name: asdict(value) for name, value in summarise(result.values).items()}
+        content = {"models": metrics, "rows": result.rows, "seconds": result.seconds, "bad_rows": result.bad_rows}
+        artifacts.write_json(run.path("evaluation", f"{file}.json"), content)
+
+    run.stage(stage, inputs, run.path("evaluation", f"{file}.json"), work)
+
+
+def final_weights(run: Run) -> str:
+    return "ours-recovered" if run.config.recover.epochs else "ours-calibrated"
+
+
+def latency(run: Run) -> None:
+    """RUN/latency.json: forward times of the dense and the pruned network on a worker's device, measured in turns."""
+    settings = run.config.evaluate
+    inputs = {
+        **cut_inputs(run),
+        "device": run.device,
+        "threads": run.config.workers.threads,
+        "batches": [1, settings.latency_batch],
+        "runs": settings.latency_runs,
+        "image_size": run.input.size,
+    }
+
+    def work() -> None:
+        models = {"dense": run.network("dense")}
+        models |= {name: run.network(f"{name}-cut", plan=name) for name in networks(run)}
+        found = run.pool.call(
+            _measure, models, run.input.size, (1, settings.latency_batch), run.device, settings.latency_runs
+        )
+        artifacts.write_json(run.path("latency.json"), found)
+
+    run.stage("latency", inputs, run.path("latency.json"), work)
+
+
+def _measure(
+    models: dict[str, nn.Module], size: int, batches: tuple[int, int], device: str, runs: int
+) -> dict[str, Any]:
+    return measure_latency(models, (3, size, size), batch_sizes=batches, device=torch.device(device), runs=runs)
+
+
+def export(run: Run) -> None:
+    """RUN/model: the artifact."""
+    weights = final_weights(run)
+    plan_ = run.plan("ours")
+    accuracy = artifacts.read_json(run.path("evaluation", "after.json" if run.config.recover.epochs else "before.json"))
+    top1 = accuracy["models"]["ours"]["top1"]
+
+    def work() -> None:
+        model = run.config.model
+        kwargs: dict[str, Any] = dict(model.kwargs)
+        if model.num_classes or model.classes:
+            kwargs["num_classes"] = run.num_classes
+        artifact.save(
+            run.network(weights, plan="ours"),
+            plan_,
+            run.path("model"),
+            factory=model.name,
+            factory_kwargs=kwargs,
+            extra={"top1": top1, **({"classes_of_the_dense_network": list(model.classes)} if model.classes else {})},
+            input_size=(3, run.input.size, run.input.size),
+            normalisation=normalisation(run),
+        )
+
+    inputs = {"weights": run.weights_sha256(weights), "plan": plan_.sha256()}
+    run.stage("export", inputs, run.path("model"), work)
+
+
+def normalisation(run: Run) -> dict[str, Any]:
+    """How an image became a tensor in this run, in timm's words."""
+    input_ = run.input
+    return {
+        "mean": list(input_.mean),
+        "std": list(input_.std),
+        "interpolation": input_.interpolation,
+        "crop_pct": input_.crop_fraction,
+    }

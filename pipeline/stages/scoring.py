@@ -1,0 +1,148 @@
+"""Stages that score: channel groups, and the exact statistics from which every criterion is computed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+import torch
+from torch import Tensor
+
+from pipeline import artifacts
+from pipeline.data.units import STRIDES, Units
+from pipeline.models.zoo import ModelError
+from pipeline.pruning.stability import plan_change
+from pipeline.pruning.trials import trace
+from pipeline.run import Run
+from pipeline.saliency.curvature import CURVATURE_KINDS, CurvatureStatistics
+from pipeline.saliency.statistics import INPUT_KINDS, WEIGHT_KINDS, GateStatistics, at_stride, by_group
+from pipeline.stages.planning import kinds_needed, our_plan, plan_rules, planned, statistics
+
+FEWEST_UNITS = 8
+"""Of half a sample: with fewer, that a plan does not change says nothing."""
+
+
+def trace_groups(run: Run) -> None:
+    """RUN/graph.json: channel groups, tried by trial cuts."""
+
+    def work() -> None:
+        size = run.input.size
+        graph = trace(run.network("dense"), torch.zeros(1, 3, size, size), seed=run.config.seed)
+        artifacts.write_bytes(run.path("graph.json"), graph.to_json().encode())
+
+    inputs = {"model": run.model_inputs()["model"], "image_size": run.input.size, "seed": run.config.seed}
+    run.stage("trace", inputs, run.path("graph.json"), work)
+    if "plan" not in run.manifest.stages:
+        require_reachable(run)
+
+
+def require_reachable(run: Run) -> None:
+    """A budget below what the floors leave, or a network that cannot be cut at all, shows before hours of scoring."""
+    graph = run.graph()
+    if not graph.groups:
+        reasons = "; ".join(f"{f.group}: {f.reason} ({f.operation} in {f.where})" for f in graph.frozen[:3])
+        raise ModelError(
+            f"'{run.config.model.name}' has no channels that can be removed. The first reasons: {reasons}."
+        )
+    saliency = {group.name: torch.ones(group.size, dtype=torch.float64) for group in graph.groups}
+    for rule in plan_rules(run).values():
+        planned(run, graph, saliency, rule)
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------------
+
+
+def score(run: Run) -> None:
+    """RUN/saliency/statistics.safetensors: exact sums over the rows, from which every criterion is computed."""
+    settings, graph = run.config.score, run.graph()
+    units = Units(run.train_rows.row_groups, settings.rows_per_unit, settings.num_rows)
+    kinds = _kinds(run, "score", {"weights": WEIGHT_KINDS, "inputs": INPUT_KINDS})
+    if kinds is None:
+        run.say("score: left out, no criterion needs rows")
+        return
+    inputs = run.pass_inputs(
+        run.train_rows,
+        units,
+        settings.micro_batch,
+        weights=run.weights_sha256("dense"),
+        graph=graph.sha256(),
+        kinds=kinds,
+        stop_when_stable=settings.stop_when_stable,
+    )
+
+    def work() -> None:
+        options = {"weights": "weights" in kinds, "inputs": "inputs" in kinds}
+        task = GateStatistics(run.network("dense"), graph, **options)
+        for stride in _strides(settings.stop_when_stable, len(units)):
+            result = run.data_pass(
+                "score", task, run.train_rows, units, micro_batch=settings.micro_batch, title="score", stride=stride
+            )
+            values = by_group(graph, result.values)
+            if stride == 1 or _is_stable(run, values, stride):
+                break
+        artifacts.write_tensors(run.path("saliency", "statistics.safetensors"), values)
+        about = {key: value for key, value in asdict(result).items() if key != "values"}
+        artifacts.write_json(run.path("saliency", "pass.json"), about)
+
+    run.stage("score", inputs, run.path("saliency", "statistics.safetensors"), work)
+
+
+def _kinds(run: Run, stage: str, parts: dict[str, tuple[str, ...]]) -> list[str] | None:
+    """What the pass stores beside the channel gates; None if it is not needed. What it has stored already may be more."""
+    needed = kinds_needed(run)
+    if not needed - {"movement"}:
+        return None
+    kinds = {name for name, found in parts.items() if needed & {*found}}
+    if needed & {*CURVATURE_KINDS}:
+        kinds.add("weights")  # the second pass multiplies the Hessian with the gradient of the first
+    record = run.manifest.stages.get(stage)
+    stored = {*record.inputs.get("kinds", [])} if record else set()
+    return sorted(stored if kinds <= stored else kinds)
+
+
+def _strides(stop_when_stable: float | None, num_units: int) -> list[int]:
+    """Samples of the data in the order in which they are scored: every unit, or growing samples to look at in between."""
+    if stop_when_stable is None:
+        return [1]
+    return [*(s for s in reversed(STRIDES[:-1]) if num_units // (2 * s) >= FEWEST_UNITS), 1]
+
+
+def _is_stable(run: Run, values: dict[str, Tensor], stride: int) -> bool:
+    """Does the plan of these rows differ from that of half of them by no more than `stop_when_stable`?
+
+    For estimates whose variance falls as 1/n the difference between n/2 and n rows has variance v/n, that between n and any larger
+    number N has v/n - v/N: in expectation no more rows can change the plan by more than the last doubling did.
+    """
+    limit = run.config.score.stop_when_stable
+    assert limit is not None
+    half, whole = (our_plan(run, {**values, **at_stride(values, s)}) for s in (2 * stride, stride))
+    change = plan_change(half, whole)
+    rows = int(values[f"rows@{stride}"])
+    run.say(f"score: from {rows // 2} to {rows} rows the plan exchanges {change:.1%} of what it removes")
+    return change <= limit
+
+
+def curvature(run: Run) -> None:
+    """RUN/saliency/curvature.safetensors: second-order statistics, by a second pass with the gradient of the first."""
+    if not kinds_needed(run) & {*CURVATURE_KINDS}:
+        return
+    settings, graph = run.config.score, run.graph()
+    units = Units(run.train_rows.row_groups, settings.rows_per_unit, settings.num_rows)
+    first = artifacts.read_json(run.path("saliency", "pass.json"))
+    inputs = run.pass_inputs(
+        run.train_rows, units, settings.micro_batch, weights=run.weights_sha256("dense"), gradient=first["sha256"]
+    )
+
+    def work() -> None:
+        task = CurvatureStatistics(run.network("dense"), graph, statistics(run))
+        result = run.data_pass(
+            "curvature",
+            task,
+            run.train_rows,
+            units,
+            micro_batch=settings.micro_batch,
+            title="score, second order",
+            stride=first["stride"],
+        )
+        artifacts.write_tensors(run.path("saliency", "curvature.safetensors"), result.values)
+
+    run.stage("curvature", inputs, run.path("saliency", "curvature.safetensors"), work)

@@ -1,0 +1,191 @@
+"""Stages that train: the dense network before pruning, and the cut ones after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from pipeline import artifacts
+from pipeline.config import TrainingConfig
+from pipeline.data.stream import Augmentation, TrainingOrder, training_loader
+from pipeline.execution.ledger import digest
+from pipeline.execution.train import fit
+from pipeline.report.progress import progress
+from pipeline.run import Run
+from pipeline.stages.planning import kinds_needed, networks
+from pipeline.training.loop import TrainResult
+from pipeline.training.settings import TrainSettings
+
+
+def dense(run: Run) -> None:
+    """RUN/networks/dense.safetensors: the given network, trained first where the configuration says so."""
+    training, movement = run.config.train, "movement" in kinds_needed(run)
+    inputs = run.model_inputs()
+    if training.epochs:
+        inputs |= {"train": training_inputs(run, training) | ({"movement": True} if movement else {})}
+
+    def work() -> None:
+        model = run.initial()
+        if not training.epochs:
+            run.save_network("dense", model.state_dict())
+            return
+        result = run_training(run, "dense", training, model, teacher=None, movement=movement)
+        if movement:
+            run.save_network("dense-movement", result.movement)
+        run.save_network("dense", result.state_dict)
+
+    run.stage("dense", inputs, run.path("networks", "dense.safetensors"), work)
+
+
+def recovered(run: Run) -> list[str]:
+    return networks(run) if run.config.controls.recover else ["ours"]
+
+
+def recover(run: Run) -> None:
+    """RUN/networks/NAME-recovered.safetensors: trained after the cut, taught by the dense network."""
+    settings = run.config.recover
+    if not settings.epochs:
+        run.say("recover: left out, recover.epochs is 0")
+        return
+    for name in recovered(run):
+        inputs = {**training_inputs(run, settings), "weights": run.weights_sha256(f"{name}-calibrated")}
+
+        stage = "recover" if name == "ours" else f"recover-{name}"
+
+        def work(name: str = name, stage: str = stage) -> None:
+            model = run.network(f"{name}-calibrated", plan=name)
+            teacher = run.network("dense") if settings.distill_weight else None
+            run.save_network(f"{name}-recovered", run_training(run, stage, settings, model, teacher).state_dict)
+
+        run.stage(stage, inputs, run.path("networks", f"{name}-recovered.safetensors"), work)
+
+
+# --- both -----------------------------------------------------------------------------------------------------------
+
+
+def training_inputs(run: Run, training: TrainingConfig) -> dict[str, Any]:
+    speed = {"checkpoint_every_steps", "loader_processes"}
+    return {
+        **training.model_dump(mode="json", exclude=speed),
+        "rows": run.train_rows.fingerprint,
+        "input": vars(run.input),
+        "seed": run.config.seed,
+    }
+
+
+def training_order(run: Run, training: TrainingConfig) -> TrainingOrder:
+    return TrainingOrder(run.train_rows.row_groups, training.num_streams, training.batch_size, seed=run.config.seed)
+
+
+def run_training(
+    run: Run,
+    stage: str,
+    training: TrainingConfig,
+    model: nn.Module,
+    teacher: nn.Module | None,
+    *,
+    movement: bool = False,
+) -> TrainResult:
+    """Train over the workers with Ray Train, in `stage`; goes on from that stage's newest checkpoint."""
+    run.release_pool()
+    config = run.config
+    order = training_order(run, training)
+    augmentation = Augmentation(
+        size=run.input.size,
+        mean=run.input.mean,
+        std=run.input.std,
+        scale=training.crop_scale,
+        auto_augment=training.auto_augment,
+        random_erase=training.random_erase,
+    )
+    settings = TrainSettings(
+        epochs=training.epochs,
+        seed=config.seed,
+        movement=movement,
+        log_every_steps=max(1, min(50, order.steps_per_epoch // 4)),
+        **training.model_dump(include=SHARED_SETTINGS),
+    )
+    num_workers = min(run.num_workers, training.num_streams)
+    make_batches = partial(
+        worker_batches,
+        run.train_rows,
+        order,
+        augmentation,
+        run.num_classes,
+        config.data.on_bad_row,
+        int(config.data.max_bad_fraction * run.train_rows.num_rows),
+        training.loader_processes,
+    )
+    total = order.steps_per_epoch * training.batch_size * training.epochs
+    with progress("train" if stage == "dense" else stage, total=total, unit="rows", quiet=config.quiet) as bar:
+
+        def show(history: Any) -> None:
+            if history:
+                bar.update(history[-1]["step"] * training.batch_size, loss=history[-1]["loss"])
+
+        return fit(
+            model,
+            teacher,
+            make_batches,
+            settings,
+            steps_per_epoch=order.steps_per_epoch,
+            fingerprint=artifacts.sha256_of({**training_inputs(run, training), "model": digest(model.state_dict())}),
+            directory=run.scratch("checkpoints", stage),
+            num_workers=num_workers,
+            use_gpu=run.device == "cuda",
+            threads=config.workers.threads,
+            max_failures=config.workers.max_failures,
+            on_progress=show,
+        )
+
+
+SHARED_SETTINGS = {
+    "batch_size",
+    "lr",
+    "min_lr",
+    "warmup_epochs",
+    "momentum",
+    "weight_decay",
+    "optimizer",
+    "label_smoothing",
+    "ema_decay",
+    "distill_weight",
+    "distill_temperature",
+    "amp",
+    "clip_grad_norm",
+    "checkpoint_every_steps",
+}
+
+
+def worker_batches(
+    source: Any,
+    order: TrainingOrder,
+    augmentation: Augmentation,
+    num_classes: int,
+    on_bad_row: str,
+    max_bad_rows: int,
+    processes: int,
+    rank: int,
+    size: int,
+) -> Callable[[int, int], Any]:
+    """What one training worker reads: its share of each step, from any step of any epoch on."""
+
+    def batches(epoch: int, start_step: int) -> Any:
+        return training_loader(
+            source,
+            order,
+            augmentation,
+            num_classes=num_classes,
+            rank=rank,
+            world_size=size,
+            epoch=epoch,
+            start_step=start_step,
+            on_bad_row=on_bad_row,
+            max_bad_rows=max_bad_rows,
+            num_workers=processes,
+        )
+
+    return batches
