@@ -257,7 +257,7 @@ class WorkersConfig(Section):
     `num_workers`, by rounding and by the rows that one batch norm sees."""
 
     num_workers: int | None = Field(default=None, ge=1)
-    """Workers; empty: one for each GPU, or as many as the CPUs allow."""
+    """Workers; empty: one for each GPU, or as many as the CPUs allow, also of nodes that join while a pass over the data runs."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto` takes GPUs when the cluster has any."""
     threads: int = Field(default=1, ge=1)

@@ -118,7 +118,8 @@ class Run:
     def pool(self) -> RayPool:
         if self._pool is None:
             self.connect()
-            self._pool = RayPool(self.num_workers, self.device, self.config.workers.threads)
+            workers = self.config.workers
+            self._pool = RayPool(self.num_workers, self.device, workers.threads, grow=workers.num_workers is None)
         return self._pool
 
     def release_pool(self) -> None:

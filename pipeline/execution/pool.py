@@ -42,6 +42,8 @@ FATAL = (
     StaleArtifact,
 )
 """Errors that would come again on any worker: bad input, a bug, a full disk. Others (a flaky network, CUDA) are tried again."""
+LOOK_EVERY_S = 5.0
+"""How often a growing pool asks the cluster for its size."""
 
 
 def connect(address: str | None, num_cpus: int | None = None) -> None:
@@ -114,14 +116,19 @@ class RayPool:
         num_workers: actors to ask for; those for which the cluster has no room yet join when it has.
         device: "cuda" or "cpu".
         threads: CPU threads of one worker's computation; part of the bits on a CPU.
+        grow: also use what the cluster gains while a pass runs.
         start_timeout_s: how long to wait for the first worker.
     """
 
-    def __init__(self, num_workers: int, device: str, threads: int, start_timeout_s: float = 300.0) -> None:
+    def __init__(
+        self, num_workers: int, device: str, threads: int, *, grow: bool = False, start_timeout_s: float = 300.0
+    ) -> None:
         self.num_workers = num_workers
         self.device = device
         self.threads = threads
+        self.grow = grow
         self.start_timeout_s = start_timeout_s
+        self._looked = time.monotonic()
         self._actors: dict[str, Any] = {}
         self._pending: dict[Any, tuple[str, int]] = {}  # object ref -> (worker, lease; 0 for loading a pass)
         self._work: Any = None
@@ -193,7 +200,17 @@ class RayPool:
     def spawn(self) -> None:
         self._load(self._create())
 
+    def _take_new_nodes(self) -> None:
+        """One more worker for each that the cluster has room for now and had not before."""
+        if not self.grow or time.monotonic() - self._looked < LOOK_EVERY_S:
+            return
+        self._looked = time.monotonic()
+        for _ in range(default_num_workers(self.device, self.threads) - len(self._actors)):
+            self.spawn()
+        self.num_workers = max(self.num_workers, len(self._actors))
+
     def events(self, timeout_s: float) -> list[Event]:
+        self._take_new_nodes()
         if not self._pending:
             time.sleep(timeout_s)
             return [Tick(time.monotonic())]

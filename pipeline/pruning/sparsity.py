@@ -59,10 +59,7 @@ def fits(shape: Sequence[int], pattern: str) -> bool:
     What does not fit, such as biases, depthwise convolutions and a first layer that reads three colours, stays whole.
     Without structure every shape fits; scope "row" asks for two dimensions all the same.
     """
-    return _fits(shape, Pattern.parse(pattern).unit)
-
-
-def _fits(shape: Sequence[int], unit: int) -> bool:
+    unit = Pattern.parse(pattern).unit
     return unit == 1 or (len(shape) > 1 and shape[1] % unit == 0)
 
 
@@ -113,9 +110,7 @@ def largest_per_row(score_OIK: Tensor, num_keep: int) -> Tensor:
     row_length = _row_length(score_OIK)
     if not 0 <= num_keep <= row_length:
         raise ValueError(f"num_keep ({num_keep}) must lie between 0 and {row_length}, the length of a row.")
-    if num_keep in (0, row_length):
-        return torch.full_like(score_OIK, num_keep > 0, dtype=torch.bool)
-    rows = _finite(score_OIK).flatten(1).split(max(1, ROWS_NUMEL // row_length))
+    rows = _finite(score_OIK).flatten(1).split(max(1, ROWS_NUMEL // max(1, row_length)))
     return torch.cat([_largest(score_RC, num_keep) for score_RC in rows]).reshape(score_OIK.shape)
 
 
@@ -128,6 +123,8 @@ def _row_length(score_OIK: Tensor) -> int:
 
 
 def _largest(score_RC: Tensor, k: int) -> Tensor:
+    if k == 0:
+        return torch.zeros_like(score_RC, dtype=torch.bool)
     line_R1 = score_RC.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
     above, ties = score_RC > line_R1, score_RC == line_R1
     return above | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= k - above.sum(dim=1, keepdim=True)))
@@ -158,7 +155,7 @@ def expand_blocks(mask_OBK: Tensor, size: int) -> Tensor:
 
 def _grouped(score_OIK: Tensor, size: int) -> Tensor:
     """[O, I / size, size, ...]: a view."""
-    if not _fits(score_OIK.shape, size) or score_OIK.dim() < 2:
+    if size < 1 or score_OIK.dim() < 2 or score_OIK.shape[1] % size:
         raise ValueError(
             f"a weight of shape {list(score_OIK.shape)} has no inputs (dim 1) that divide by {size}. Leave it whole: "
             "`fits` tells which weights do."

@@ -121,8 +121,8 @@ class Grid:
         if not coarse.abs().max().item() <= self.largest:
             worst = value[above].abs().max().item()
             raise SumOverflow(
-                f"statistic '{name}' has an addend of {worst:g}, more than 2^{COARSE_BITS} times what its first unit made likely. The "
-                "network gives NaN, Inf or a loss that explodes on these rows: check its weights and input."
+                f"statistic '{name}' has an addend of {worst:g}; its grids end at 2^{COARSE_BITS} times what the first unit made likely. "
+                "The network gives NaN, Inf or a loss that explodes on these rows: check its weights and input."
             )
         fine = torch.where(above, 0.0, scaled)
         return {name: fine.round_().to(torch.int64), name + COARSE: coarse.round_().to(torch.int64)}

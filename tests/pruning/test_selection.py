@@ -99,6 +99,14 @@ def test_negative_scores_by_hand(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_the_extremes_of_each_type_are_in_order(dtype):
+    bits = np.array(_special_bits(dtype), dtype=f"uint{torch.finfo(dtype).bits}")
+    scores = torch.from_numpy(bits).view(dtype)
+    found = [kth_score(lambda: [scores], k).threshold for k in range(1, len(scores) + 1)]
+    assert found == sorted(scores.tolist(), reverse=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [2, 3, 4])
 def test_zeros_of_both_signs_are_equal(dtype, k):
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps

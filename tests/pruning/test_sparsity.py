@@ -87,6 +87,13 @@ def test_inputs_that_do_not_divide_are_refused_with_the_shape(shape):
         assert str(list(shape)) in str(refusal.value)
 
 
+def test_groups_and_blocks_have_a_size():
+    with pytest.raises(ValueError, match="divide by 0"):
+        n_of_m(torch.ones(1, 4), 0, 0)
+    with pytest.raises(ValueError, match="divide by -2"):
+        block_scores(torch.ones(1, 4), -2)
+
+
 @pytest.mark.parametrize("n", [-1, 5])
 def test_a_group_keeps_between_none_and_all(n):
     with pytest.raises(ValueError, match=rf"n \({n}\) of {n}:4 must lie between 0 and 4"):
