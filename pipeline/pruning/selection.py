@@ -188,7 +188,7 @@ def _count(shard: Array, pattern: int) -> int:
 
 
 def _sum(counts: Iterable[Counts]) -> Counts:
-    """Over all shards. Fed by `map`, which lets go of a shard before it asks for the next: one is in memory, not two."""
+    """Over all shards. Fed by `map`, which lets go of a shard before it asks for the next: one in memory, not two."""
     return sum(counts, start=np.zeros(1 << RADIX_BITS, dtype=np.int64))
 
 

@@ -1,7 +1,7 @@
 """Sparsity: patterns of weight masks, True = keep, from a score per weight, higher = keep.
 
 # O = outputs (dim 0 of a weight), I = inputs (dim 1), K = the remaining dimensions, a convolution's kernel
-# B = blocks of a row, G = groups of m inputs
+# B = blocks, G = groups of m inputs, R = the entries of a row, I * K
 
 A pattern says which weights go together, a scope says which of them compete. Groups and blocks run along the inputs;
 in a convolution they are consecutive input channels at the same kernel position, as sparse tensor cores read them.
@@ -81,8 +81,12 @@ def n_of_m(score_OIK: Tensor, n: int, m: int) -> Tensor:
     """
     if not 0 <= n <= m:
         raise ValueError(f"n ({n}) of {n}:{m} must lie between 0 and {m}, the size of a group.")
-    score_OGmK = _grouped(_finite(score_OIK), m)
-    entries = score_OGmK.unbind(dim=2)
+    _check_divides(score_OIK, m)
+    return _by_rows(score_OIK, partial(_n_of_m, n=n, m=m))
+
+
+def _n_of_m(score_OIK: Tensor, n: int, m: int) -> Tensor:
+    entries = score_OIK.unflatten(1, (-1, m)).unbind(dim=2)  # of the groups: m times [O, G, ...]
     kept = []
     for i, entry in enumerate(entries):
         # A place is the number of entries that go before this one: m - 1 comparisons are faster than sorting.
@@ -110,8 +114,7 @@ def largest_per_row(score_OIK: Tensor, num_keep: int) -> Tensor:
     row_length = _row_length(score_OIK)
     if not 0 <= num_keep <= row_length:
         raise ValueError(f"num_keep ({num_keep}) must lie between 0 and {row_length}, the length of a row.")
-    rows = _finite(score_OIK).flatten(1).split(max(1, ROWS_NUMEL // max(1, row_length)))
-    return torch.cat([_largest(score_RC, num_keep) for score_RC in rows]).reshape(score_OIK.shape)
+    return _by_rows(score_OIK, partial(_largest, k=num_keep))
 
 
 def _row_length(score_OIK: Tensor) -> int:
@@ -122,12 +125,14 @@ def _row_length(score_OIK: Tensor) -> int:
     return math.prod(score_OIK.shape[1:])
 
 
-def _largest(score_RC: Tensor, k: int) -> Tensor:
+def _largest(score_OIK: Tensor, k: int) -> Tensor:
+    score_OR = score_OIK.flatten(1)
     if k == 0:
-        return torch.zeros_like(score_RC, dtype=torch.bool)
-    line_R1 = score_RC.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
-    above, ties = score_RC > line_R1, score_RC == line_R1
-    return above | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= k - above.sum(dim=1, keepdim=True)))
+        return torch.zeros_like(score_OIK, dtype=torch.bool)
+    line_O1 = score_OR.topk(k, dim=1, sorted=False).values.amin(dim=1, keepdim=True)
+    above, ties = score_OR > line_O1, score_OR == line_O1
+    kept = above | (ties & (ties.cumsum(dim=1, dtype=torch.int32) <= k - above.sum(dim=1, keepdim=True)))
+    return kept.reshape(score_OIK.shape)
 
 
 def block_scores(score_OIK: Tensor, size: int) -> Tensor:
@@ -141,10 +146,11 @@ def block_scores(score_OIK: Tensor, size: int) -> Tensor:
         [O, I / size, ...], float32, or float64 for scores of float64. Added in float64 from first to last and rounded
         once: the same bits for every layout and on every machine.
     """
-    first, *others = _grouped(score_OIK, size).unbind(dim=2)
-    total_OBK = first.double()
+    _check_divides(score_OIK, size)
+    first, *others = score_OIK.detach().unflatten(1, (-1, size)).unbind(dim=2)
+    total_OBK = first.to(torch.float64, copy=True)
     for other in others:
-        total_OBK = total_OBK + other
+        total_OBK += other
     return total_OBK.to(torch.promote_types(score_OIK.dtype, torch.float32))
 
 
@@ -153,25 +159,25 @@ def expand_blocks(mask_OBK: Tensor, size: int) -> Tensor:
     return mask_OBK.repeat_interleave(size, dim=1)
 
 
-def _grouped(score_OIK: Tensor, size: int) -> Tensor:
-    """[O, I / size, size, ...]: a view."""
+def _check_divides(score_OIK: Tensor, size: int) -> None:
     if size < 1 or score_OIK.dim() < 2 or score_OIK.shape[1] % size:
         raise ValueError(
             f"a weight of shape {list(score_OIK.shape)} has no inputs (dim 1) that divide by {size}. Leave it whole: "
             "`fits` tells which weights do."
         )
-    return score_OIK.detach().unflatten(1, (-1, size))
 
 
-def _finite(score: Tensor) -> Tensor:
-    """The score; infinities and NaN, which do not compare, are refused."""
-    if not (finite := score.isfinite()).all():
-        index = (~finite).nonzero()[0].tolist()
+def _by_rows(score_OIK: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
+    """What the rule makes of the outputs, a few at a time, so that what it needs on the way stays small."""
+    score_OIK = score_OIK.detach()
+    if score_OIK.numel() and not all(math.isfinite(extreme) for extreme in score_OIK.aminmax()):
+        index = (~score_OIK.isfinite()).nonzero()[0].tolist()
         raise ValueError(
-            f"the score at {index} is {score[tuple(index)].item()}; scores must be finite. The network or its loss "
+            f"the score at {index} is {score_OIK[tuple(index)].item()}; scores must be finite. The network or its loss "
             "gave no number there: look at the statistics of this layer."
         )
-    return score.detach()
+    num_rows = max(1, ROWS_NUMEL // max(1, math.prod(score_OIK.shape[1:])))
+    return torch.cat([rule(rows) for rows in score_OIK.split(num_rows)])
 
 
 # --- masks of a network -----------------------------------------------------------------------------------------------
@@ -181,8 +187,9 @@ def weight_masks(scores: Mapping[str, Tensor], *, pattern: str, keep: float | No
     """The masks of all weights that have a score.
 
     Args:
-        scores: name -> finite score per weight, higher = keep. Looked up one at a time, several times for scope
-            "global", so that a mapping may read from disk. Weights that stay whole are left out: `fits` tells which must.
+        scores: name -> finite score per weight, higher = keep. Looked up one at a time, several times in scope
+            "global", so that a mapping may read from disk. Weights that stay whole are left out; `fits` tells which
+            must be.
         pattern: "unstructured", "N:M" or "block:SIZE".
         keep: fraction of the weights, or blocks, that stays: above 0, up to 1; times their number and rounded down,
             exactly. N:M has its own, n / m; say that or None.
@@ -278,8 +285,8 @@ def _num_keep(keep: Fraction, num_scores: int) -> int:
     num_keep = math.floor(keep * num_scores)
     if num_keep == 0:
         raise ValueError(
-            f"keep ({float(keep)}) leaves none of the {num_scores} scores that compete. Raise keep, choose a wider scope, "
-            "or leave the weight whole."
+            f"keep ({float(keep)}) leaves none of the {num_scores} scores that compete. Raise keep, choose a wider "
+            "scope, or leave the weight whole."
         )
     return num_keep
 

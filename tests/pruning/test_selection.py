@@ -1,4 +1,4 @@
-"""Selection: the k-th largest equals a full sort, bit for bit, whatever the shards, signs, ties, zeros and subnormals."""
+"""Selection: the k-th largest equals a full sort, bit for bit, whatever the signs, ties, zeros and subnormals."""
 
 from __future__ import annotations
 

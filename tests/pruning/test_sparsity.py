@@ -141,6 +141,12 @@ def test_a_row_keeps_between_none_and_all(num_keep):
         largest_per_row(torch.ones(3, 4), num_keep)
 
 
+@pytest.mark.parametrize("shape", [(2, 0), (0, 4)])
+def test_a_weight_without_entries_has_a_mask_without_entries(shape):
+    assert n_of_m(torch.ones(shape), 2, 4).shape == shape
+    assert largest_per_row(torch.ones(shape), 0).shape == shape
+
+
 # --- blocks -----------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +163,13 @@ def test_block_scores_are_added_in_double_precision():
     half = block_scores(torch.tensor([[60000.0, 60000.0]], dtype=torch.float16), 2)
     assert (half.tolist(), half.dtype) == ([[120000.0]], torch.float32)
     assert block_scores(torch.ones(1, 2, dtype=torch.float64), 2).dtype == torch.float64
+
+
+def test_block_scores_leave_their_argument_as_it_was():
+    for dtype in DTYPES:
+        score = torch.ones(2, 4, dtype=dtype)
+        block_scores(score, 2)
+        assert torch.equal(score, torch.ones(2, 4, dtype=dtype))
 
 
 def test_block_scores_have_the_same_bits_in_every_layout():
