@@ -210,7 +210,10 @@ class MasksConfig(Section):
     """Masks of single weights of the dense network, from the same statistics: sparse, of the same shape."""
 
     pattern: str | None = None
-    """`unstructured`, `N:M` such as 2:4 (N of M consecutive inputs stay), `block:SIZE` (consecutive inputs go together). Empty: none."""
+    """`unstructured`, `N:M` such as 2:4 (N of M consecutive inputs stay), `block:SIZE` (consecutive inputs go together), `input:SIZE` (they go
+    together for all outputs: a head of attention, in the projection that reads the heads). Empty: none."""
+    only: str = "*"
+    """Weights to mask, as a shell pattern over their names: `*attn.proj.weight`. The others stay whole."""
     keep: float | None = Field(default=None, gt=0, lt=1)
     """Fraction of the weights that stay; follows from an N:M pattern."""
     criterion: Names = ("snip_abs",)

@@ -37,19 +37,23 @@ class Pattern:
     """Consecutive inputs that the pattern binds: m of N:M, the size of a block, 1 without structure."""
     num_keep: int | None = None
     """n of N:M: how many stay in each group; None for patterns that leave this to a fraction."""
+    all_outputs: bool = False
+    """Whether a block holds its inputs for every output."""
 
     @classmethod
     def parse(cls, text: str) -> Pattern:
-        """Of "unstructured", "N:M" like "2:4", or "block:SIZE" like "block:4"."""
+        """Of "unstructured", "N:M" like "2:4", "block:SIZE" like "block:4", or "input:SIZE" like "input:64"."""
         if text == "unstructured":
             return cls()
         if (match := re.fullmatch(r"block:(\d+)", text)) and int(match[1]) > 1:
             return cls(int(match[1]))
+        if (match := re.fullmatch(r"input:(\d+)", text)) and int(match[1]) > 0:
+            return cls(int(match[1]), all_outputs=True)
         if (match := re.fullmatch(r"(\d+):(\d+)", text)) and 0 < int(match[1]) < int(match[2]):
             return cls(int(match[2]), int(match[1]))
         raise ValueError(
             f"pattern {text!r} is unknown; known patterns: unstructured, N:M with 0 < N < M like 2:4, "
-            "block:SIZE with SIZE > 1 like block:4."
+            "block:SIZE with SIZE > 1 like block:4, input:SIZE like input:64."
         )
 
 
@@ -59,8 +63,8 @@ def fits(shape: Sequence[int], pattern: str) -> bool:
     What does not fit, such as biases, depthwise convolutions and a first layer that reads three colours, stays whole.
     Without structure every shape fits; scope "row" asks for two dimensions all the same.
     """
-    unit = Pattern.parse(pattern).unit
-    return unit == 1 or (len(shape) > 1 and shape[1] % unit == 0)
+    parsed = Pattern.parse(pattern)
+    return (parsed.unit == 1 and not parsed.all_outputs) or (len(shape) > 1 and shape[1] % parsed.unit == 0)
 
 
 # --- masks of one weight ----------------------------------------------------------------------------------------------
@@ -135,22 +139,26 @@ def _largest(score_OIK: Tensor, k: int) -> Tensor:
     return kept.reshape(score_OIK.shape)
 
 
-def block_scores(score_OIK: Tensor, size: int) -> Tensor:
+def block_scores(score_OIK: Tensor, size: int, all_outputs: bool = False) -> Tensor:
     """Scores of blocks: the sum over every `size` consecutive inputs; signed scores may cancel.
 
     Args:
         score_OIK: [O, I, ...]; `size` divides I.
         size: inputs of a block.
+        all_outputs: a block holds its inputs for every output and kernel position: a channel, or a head of attention where the
+            weight is the projection that reads the heads.
 
     Returns:
-        [O, I / size, ...], float32, or float64 for scores of float64. Added in float64 from first to last and rounded
-        once: the same bits for every layout and on every machine.
+        [O, I / size, ...], of all outputs [1, I / size, 1 ...]; float32, or float64 for scores of float64. Added in float64
+        from first to last and rounded once: the same bits for every layout and on every machine.
     """
     _check_divides(score_OIK, size)
     first, *others = score_OIK.detach().unflatten(1, (-1, size)).unbind(dim=2)
     total_OBK = first.to(torch.float64, copy=True)
     for other in others:
         total_OBK += other
+    if all_outputs:
+        total_OBK = total_OBK.contiguous().sum([0, *range(2, total_OBK.dim())], keepdim=True)
     return total_OBK.to(torch.promote_types(score_OIK.dtype, torch.float32))
 
 
@@ -190,7 +198,7 @@ def weight_masks(scores: Mapping[str, Tensor], *, pattern: str, keep: float | No
         scores: name -> finite score per weight, higher = keep. Looked up one at a time, several times in scope
             "global", so that a mapping may read from disk. Weights that stay whole are left out; `fits` tells which
             must be.
-        pattern: "unstructured", "N:M" or "block:SIZE".
+        pattern: as `Pattern.parse` reads it.
         keep: fraction of the weights, or blocks, that stays: above 0, up to 1; times their number and rounded down,
             exactly. N:M has its own, n / m; say that or None.
         scope: a name in SCOPES: who competes. In N:M it is always the entries of a group, whatever the scope.
@@ -211,10 +219,11 @@ def weight_masks(scores: Mapping[str, Tensor], *, pattern: str, keep: float | No
     if parsed.num_keep is not None:
         rule = partial(n_of_m, n=parsed.num_keep, m=parsed.unit)
         return {name: _named(name, rule, scores[name]) for name in scores}
-    if parsed.unit == 1:
+    if parsed == Pattern():
         return masks_of(scores, fraction)
-    masks = masks_of(_Blocks(scores, parsed.unit), fraction)
-    return {name: expand_blocks(masks.pop(name), parsed.unit) for name in scores}
+    blocks = _Blocks(scores, parsed)
+    masks = masks_of(blocks, fraction)
+    return {name: expand_blocks(masks.pop(name), parsed.unit).expand(blocks.shapes[name]).clone() for name in scores}
 
 
 def kept_fraction(pattern: str, keep: float | None) -> Fraction:
@@ -233,12 +242,16 @@ def kept_fraction(pattern: str, keep: float | None) -> Fraction:
 class _Blocks(Mapping[str, Tensor]):
     """The scores of blocks, computed anew at each look-up."""
 
-    def __init__(self, scores: Mapping[str, Tensor], size: int) -> None:
+    def __init__(self, scores: Mapping[str, Tensor], pattern: Pattern) -> None:
         self.scores = scores
-        self.rule = partial(block_scores, size=size)
+        self.rule = partial(block_scores, size=pattern.unit, all_outputs=pattern.all_outputs)
+        self.shapes: dict[str, torch.Size] = {}
+        """Of the weights that were looked up."""
 
     def __getitem__(self, name: str) -> Tensor:
-        return _named(name, self.rule, self.scores[name])
+        score = self.scores[name]
+        self.shapes[name] = score.shape
+        return _named(name, self.rule, score)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.scores)

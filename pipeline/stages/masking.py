@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -61,7 +62,7 @@ def mask_weights(run: Run) -> None:
 
     def work() -> None:
         weights = run.network("dense").state_dict()
-        names, whole = _maskable(graph, weights, pattern)
+        names, whole = _maskable(graph, weights, pattern, settings.only)
         scores = Scores(rule, names, statistics(run), weights, run.config.score.seed)
         masks = weight_masks(scores, pattern=pattern, keep=settings.keep, scope=scope)
         sha256 = save_masks(run.path("weight_masks.safetensors"), masks)
@@ -74,14 +75,15 @@ def mask_weights(run: Run) -> None:
     run.stage("mask", inputs, run.path("weight_masks.safetensors"), work)
 
 
-def _maskable(graph: Graph, weights: Mapping[str, Tensor], pattern: str) -> tuple[list[str], dict[str, str]]:
+def _maskable(graph: Graph, weights: Mapping[str, Tensor], pattern: str, only: str) -> tuple[list[str], dict[str, str]]:
     """Weights that are multiplied and whose shape has the pattern; of the others, why they stay whole."""
+    whole = {}
     names = list(dict.fromkeys(c.tensor for c in graph.contractions if c.tensor in weights))
-    whole = {
-        name: f"its shape {list(weights[name].shape)} has no {pattern} along the inputs"
-        for name in names
-        if not fits(weights[name].shape, pattern)
-    }
+    for name in names:
+        if not fnmatchcase(name, only):
+            whole[name] = f"masks.only is {only}"
+        elif not fits(weights[name].shape, pattern):
+            whole[name] = f"its shape {list(weights[name].shape)} has no {pattern} along the inputs"
     return [name for name in names if name not in whole], whole
 
 

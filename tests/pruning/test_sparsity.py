@@ -157,6 +157,20 @@ def test_block_scores_by_hand():
     assert block_scores(convolution, 2).tolist() == [[[[3.0, 30.0]], [[7.0, 70.0]]]]
 
 
+def test_heads_of_a_projection_go_for_all_outputs_by_hand():
+    # Two outputs, three heads of two inputs: sums over outputs and inputs are 1 + 2 + 0 + 1 = 4, 0, and 9.
+    score = torch.tensor([[1.0, 2.0, 0.0, 0.0, 4.0, 0.0], [0.0, 1.0, 0.0, 0.0, 0.0, 5.0]])
+    assert block_scores(score, 2, all_outputs=True).tolist() == [[4.0, 0.0, 9.0]]
+    masks = weight_masks({"proj": score}, pattern="input:2", keep=0.67, scope="global")
+    assert masks["proj"].tolist() == [[True, True, False, False, True, True]] * 2
+    kernel = torch.ones(2, 4, 3, 3)
+    kernel[:, 1] = 0
+    mask = weight_masks({"conv": kernel}, pattern="input:1", keep=0.75, scope="layer")["conv"]
+    assert mask.shape == kernel.shape
+    assert mask.all((0, 2, 3)).tolist() == mask.any(3).any(2).any(0).tolist() == [True, False, True, True]
+    assert not fits((8,), "input:1")
+
+
 def test_block_scores_are_added_in_double_precision():
     # In float32, 1e8 + 1 is 1e8; in float16, 60000 + 60000 is infinite.
     assert block_scores(torch.tensor([[1e8, 1.0, 1.0, -1e8]]), 4).tolist() == [[2.0]]
