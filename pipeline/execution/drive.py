@@ -105,28 +105,27 @@ def run_pass(
             f"{work.ledger.directory} has commits, but no grid.json to read them by. Remove the directory."
         )
     resumed, num_lost = int((reading.covered & wanted).sum()), 0
-    if resumed < wanted.sum():
-        grid = _begin(work, pool, grid)
-        work = replace(work, grid=grid)
-    while (left := int((wanted & ~reading.covered).sum())) or reading.sums is None:
-        if left:
+    while (wanted & ~reading.covered).any() or reading.sums is None:
+        if (wanted & ~reading.covered).any():
             for reason in reading.rejected:
                 on_warning(f"left out {reason}")
+            grid = _begin(work, pool, grid)
+            work = replace(work, grid=grid)
             coordinator = Coordinator(
                 reading.covered | ~wanted, commit_interval_s=commit_interval_s, max_failures=max_failures
             )
             left_out = int((~wanted & ~reading.covered).sum())
             _drive(coordinator, pool, work, len(reading.bad_rows), left_out, max_bad_fraction, on_progress, on_warning)
+            pool.finish()
             num_lost += coordinator.num_lost
-            reading = work.ledger.coverage()
+            num_files, reading = reading.num_files, work.ledger.coverage()
+            if reading.num_files == num_files:
+                raise PassFailed(
+                    f"workers say they have committed all units to {work.ledger.directory}, but nothing new is there. Is --run-dir on "
+                    "storage that all nodes share?"
+                )
         else:  # all there by their headers; a commit whose sums turn out broken is done again
             reading = work.ledger.read(grid)
-        if left and int((wanted & ~reading.covered).sum()) == left:
-            raise PassFailed(
-                f"workers say they have committed {left} units to {work.ledger.directory}, but nothing new is there. Is --run-dir on "
-                "storage that all nodes share?"
-            )
-    pool.finish()
     assert reading.sums is not None
     _require_few_bad_rows(reading, work, max_bad_fraction)
     return PassResult(

@@ -177,6 +177,10 @@ class Reading:
     """Files left out, each with its reason."""
 
     @property
+    def num_files(self) -> int:
+        return self.commits + len(self.rejected)
+
+    @property
     def missing(self) -> list[int]:
         return np.flatnonzero(~self.covered).tolist()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline.data.batches import Decoder
 from pipeline.data.rows import open_source
 from pipeline.data.units import Units
+from pipeline.execution.coordinator import Done
 from pipeline.execution.drive import LocalPool, PassFailed, PassResult, run_pass
 from pipeline.execution.ledger import Ledger
 from pipeline.execution.worker import Pass
@@ -37,7 +38,7 @@ def rows(tmp_path: Path) -> Path:
     return write_parquet(tmp_path / "rows.parquet", [image(i) for i in range(40)], [i % 10 for i in range(40)])
 
 
-def pass_over(rows: Path, directory: Path, **options: float) -> PassResult:
+def pass_over(rows: Path, directory: Path, pool: LocalPool | None = None, **options: Any) -> PassResult:
     source = open_source(str(rows))
     units = Units(source.row_groups, 4)
     work = Pass(
@@ -51,7 +52,7 @@ def pass_over(rows: Path, directory: Path, **options: float) -> PassResult:
         num_classes=10,
         on_bad_row="skip",
     )
-    return run_pass(work, LocalPool(), commit_interval_s=0.0, **options)
+    return run_pass(work, pool or LocalPool(), commit_interval_s=0.0, **options)
 
 
 def commits(directory: Path) -> list[Path]:
@@ -73,6 +74,43 @@ def test_a_pass_goes_on_from_its_commits_and_does_torn_ones_again(rows: Path, tm
     assert (again.sha256, again.rows) == (whole.sha256, 40)
     assert 0 < again.resumed_units < again.units
     assert [reason.split(":")[0] for reason in again.rejected_commits] == [second.name]
+
+
+def test_a_commit_that_is_torn_while_the_pass_runs_is_done_again_at_its_end(rows: Path, tmp_path: Path):
+    whole = pass_over(rows, tmp_path / "whole")
+    torn: list[Path] = []
+
+    def tear_the_third(rows_done: int) -> None:
+        if len(found := commits(tmp_path / "units")) == 3 and not torn:
+            torn.append(found[2])
+            os.truncate(found[2], found[2].stat().st_size - 3)
+
+    again = pass_over(rows, tmp_path / "units", on_progress=tear_the_third)
+    assert len(torn) == 1
+    assert (again.sha256, again.rows, again.resumed_units) == (whole.sha256, 40, 0)
+
+
+def test_sums_that_break_after_the_pass_are_done_again_by_the_next_start(rows: Path, tmp_path: Path):
+    whole = pass_over(rows, tmp_path / "units")
+    path = commits(tmp_path / "units")[1]
+    path.write_bytes(path.read_bytes()[:-8] + bytes(8))
+    again = pass_over(rows, tmp_path / "units")
+    assert (again.sha256, again.rows) == (whole.sha256, 40)
+
+
+class Forgetful(LocalPool):
+    """Says that it has committed, and has not."""
+
+    def events(self, timeout_s: float) -> list:
+        if self._lease is None:
+            return super().events(timeout_s)
+        (lease, _), self._lease = self._lease, None
+        return [Done("local", lease, 0.0)]
+
+
+def test_commits_that_nobody_finds_end_the_pass(rows: Path, tmp_path: Path):
+    with pytest.raises(PassFailed, match=r"nothing new is there. Is --run-dir on storage that all nodes share"):
+        pass_over(rows, tmp_path / "units", pool=Forgetful())
 
 
 def test_too_many_bad_rows_end_the_pass_before_its_end(tmp_path: Path):
