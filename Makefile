@@ -31,8 +31,9 @@ check: env
 bench: env
 	$(BIN)/python -m benchmarks
 
-soak: env  ## seeded simulations of the coordinator: 100,000 schedules of deaths, delays and torn writes
+soak: env  ## 100,000 simulated schedules of deaths, delays and torn writes; then 15 minutes of real processes that are killed
 	$(BIN)/python -m tests.simulation --seeds 100000
+	$(BIN)/python -m tests.faults --minutes 15 --json docs/reliability.json
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

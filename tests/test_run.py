@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import os
+import re
+import shutil
 import signal
 import threading
 import time
@@ -327,7 +329,57 @@ def test_a_pass_ends_when_the_plan_is_stable_whoever_computes_it(
     assert artifacts.read_json(whole.path("saliency", "pass.json"))["rows"] == 200
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # ray.train's own
+class Begins(Exception):
+    pass
+
+
+def begins(*args: object, **options: object) -> None:
+    raise Begins
+
+
+def other_threads(run_dir: Path, patch: pytest.MonkeyPatch) -> dict[str, object]:
+    return {"workers": WorkersConfig(num_workers=1, threads=2)}
+
+
+def other_torch(run_dir: Path, patch: pytest.MonkeyPatch) -> dict[str, object]:
+    patch.setattr("torch.__version__", "9.9.9")
+    return {}
+
+
+def other_weights(run_dir: Path, patch: pytest.MonkeyPatch) -> dict[str, object]:
+    path = str(run_dir / "networks" / "dense.safetensors")
+    state = artifacts.read_tensors(path)
+    state["fc.weight"][0, 0] += 1e-3
+    artifacts.write_tensors(path, state)
+    return {}
+
+
+@pytest.mark.parametrize(
+    ("change", "cause"),
+    [
+        (other_threads, "threads: 1 -> 2"),
+        (other_torch, r"versions\.torch: '.*' -> '9\.9\.9'"),
+        (other_weights, "weights: '.*' -> '.*'"),
+    ],
+)
+def test_what_changes_the_bits_is_refused_when_done_and_reported_when_begun(
+    undisturbed: Run, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys, change, cause: str
+):
+    shutil.copytree(undisturbed.dir, tmp_path / "run")
+    run = Run(config(rows, tmp_path / "run", **change(tmp_path / "run", monkeypatch)))
+    with pytest.raises(StaleArtifact, match=f"'score' was made from .*{cause}.*another --run-dir"):
+        stages.score(run)
+    manifest = artifacts.read_json(run.path("manifest.json"))
+    manifest["score"] |= {"state": "running", "artifact": "", "finished": 0.0}
+    artifacts.write_json(run.path("manifest.json"), manifest)
+    begun = Run(run.config.model_copy(update={"quiet": False}))
+    monkeypatch.setattr(Run, "data_pass", begins)
+    with pytest.raises(Begins):
+        stages.score(begun)
+    assert re.search(f"score: was begun with other values, begins anew .*{cause}", capsys.readouterr().err)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_movement_is_collected_while_the_dense_network_is_trained(ray_cluster: None, rows: str, tmp_path: Path):
     training = TrainingConfig(epochs=1, batch_size=32, num_streams=4, warmup_epochs=0.1, lr=0.01)
     score = ScoreConfig(criterion="movement", rows_per_unit=8, micro_batch=8)
