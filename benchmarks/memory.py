@@ -61,6 +61,7 @@ def measure(
 
 
 def _score(path: str, model: str, size: int) -> dict[str, float]:
+    torch.manual_seed(0)
     network, source = zoo.build(model), open_source(path)
     units = Units(source.row_groups, ROW_GROUP)
     with tempfile.TemporaryDirectory() as folder, peak_memory() as peak:

@@ -71,6 +71,7 @@ def measure(
 
 
 def ours(model: str, batches: Batches) -> Callable[[], None]:
+    torch.manual_seed(0)
     network = zoo.build(model)
     task = GateStatistics(network, propagate(network, batches[0][0][:1]))
     task.to(torch.device("cpu"), torch.channels_last)
@@ -119,6 +120,7 @@ def obdc(model: str, batches: Batches) -> Callable[[], None]:
 
 
 def _peer(model: str, batches: Batches, importance: tp.importance.Importance) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
     network = zoo.build(model).eval()
     classifier = [m for m in network.modules() if isinstance(m, nn.Linear) and m.out_features == NUM_CLASSES]
     pruner = tp.pruner.MagnitudePruner(network, batches[0][0][:1], importance=importance, ignored_layers=classifier)

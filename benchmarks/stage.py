@@ -77,6 +77,7 @@ class Scoring:
 
     def __init__(self, source: Source, model: str, size: int, micro_batch: int) -> None:
         self.source, self.decoder, self.micro_batch = source, Decoder(size), micro_batch
+        torch.manual_seed(0)
         self.network = zoo.build(model)
         self.graph = propagate(self.network, torch.zeros(1, 3, size, size))
         self.units = Units(source.row_groups, micro_batch)

@@ -192,8 +192,8 @@ class GateStatistics:
         narrow = next(self.model.parameters()).dtype in HALF
         for name, terms_NC in together.items():
             expected_NC = torch.cat(alone[name])
-            scale = expected_NC.abs().max()
-            if (terms_NC - expected_NC).abs().max() > (0.2 if narrow else 1e-2) * scale + 1e-12:
+            # Not the largest difference: a value that rounds to the other side of a ReLU changes a few terms by a percent.
+            if (terms_NC - expected_NC).norm() > (0.3 if narrow else 0.05) * expected_NC.norm() + 1e-12:
                 raise SaliencyError(
                     f"group '{name}': {len(labels_N)} rows together give other gradients at its gates than each alone. Either rows "
                     "influence each other in this network, or they are not the first axis of what its consumers read. "

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.models.graph import Graph, Group, Site
+from pipeline.models.trace import propagate
 from pipeline.pruning.trials import trace
 from pipeline.saliency.statistics import GateStatistics, SaliencyError, accumulate, at_stride, by_group
 from tests.graphs import Residual, chain, residual_graph
@@ -181,6 +183,17 @@ def test_rows_that_are_not_the_first_axis_are_refused(num_rows: int):
     images, labels = torch.randn(num_rows, 8), torch.zeros(num_rows, dtype=torch.int64)
     with pytest.raises(SaliencyError, match=r"group 'a'.*batch-first"):
         accumulate(SequenceFirst(), _chain_of(SequenceFirst()), [(images, labels)])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_value_that_rounds_to_the_other_side_of_a_relu_is_no_mixing_of_rows(seed: int):
+    # Three rows at once and one alone are summed in another order; seed 3 moves a term by more than a percent.
+    torch.manual_seed(seed)
+    images, labels = torch.randn(3, 3, 64, 64).contiguous(memory_format=torch.channels_last), torch.tensor([0, 1, 2])
+    model = timm.create_model("resnet50", num_classes=10).to(memory_format=torch.channels_last)
+    task = GateStatistics(model, propagate(model, images[:1]))
+    task.to(torch.device("cpu"), torch.channels_last)
+    assert task(images, labels)["rows"] == 3
 
 
 class Silent(Folded):
