@@ -1,64 +1,155 @@
-"""python -m benchmarks: prints a table and writes benchmarks/results.json.
+"""Every benchmark, each in a process of its own: `python -m benchmarks --data ROWS.parquet [--only decode commits]`.
 
-gates      channel-gate scoring against a plain forward + backward with weight gradients, ResNet-50 at 64 px, one thread
-selection  exact global threshold of 20 million scores against sorting them with torch
+Writes benchmarks/results.json, and from it the table in benchmarks/README.md. What is not run keeps its last result. Ratios are what
+counts: both sides were measured in turns in one process, on the same rows and with the same threads.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
-import statistics
-import time
+import os
+import platform
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import torch
-from torch.nn import functional as F
-
-from pipeline.models import zoo
-from pipeline.models.trace import propagate
-from pipeline.pruning.selection import kth_score
-from pipeline.saliency.statistics import GateStatistics
+HERE = Path(__file__).parent
+RESULTS = HERE / "results.json"
+BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
-def in_turns(ours: Callable[[], object], peer: Callable[[], object], runs: int = 7) -> dict[str, float]:
-    """Median seconds of both, measured alternately after one warm-up each."""
-    times: dict[str, list[float]] = {"ours": [], "peer": []}
-    for turn in range(runs + 1):
-        for name, work in (("ours", ours), ("peer", peer)):
-            started = time.perf_counter()
-            work()
-            if turn:
-                times[name].append(time.perf_counter() - started)
-    ours_s, peer_s = (statistics.median(times[name]) for name in ("ours", "peer"))
-    return {"ours_s": ours_s, "peer_s": peer_s, "ratio": ours_s / peer_s}
+@dataclass(frozen=True)
+class Job:
+    """A benchmark as it is run."""
+
+    module: str
+    options: tuple[str, ...] = ()
+    reads_rows: bool = False
 
 
-def gates() -> dict[str, float]:
-    images = torch.randn(16, 3, 64, 64).contiguous(memory_format=torch.channels_last)
-    labels = torch.randint(1000, (16,))
-    scored, plain = zoo.build("resnet50"), zoo.build("resnet50").eval().to(memory_format=torch.channels_last)
-    task = GateStatistics(scored, propagate(scored, images[:1]))
-    task.to(torch.device("cpu"), torch.channels_last)
+JOBS = {
+    "scoring-resnet50": Job("scoring", ("--model", "resnet50")),
+    "scoring-resnet152": Job("scoring", ("--model", "resnet152", "--turns", "2")),
+    "stage": Job("stage", reads_rows=True),
+    "peers": Job("peers", reads_rows=True),
+    "selection": Job("selection"),
+    "decode": Job("decode", reads_rows=True),
+    "memory": Job("memory", reads_rows=True),
+    "scale": Job("scale"),
+    "commits": Job("commits"),
+}
 
-    def step() -> None:
-        plain.zero_grad()
-        F.cross_entropy(plain(images), labels, reduction="sum").backward()
 
-    return in_turns(lambda: task(images, labels), step)
+@dataclass(frozen=True)
+class Line:
+    """A line of the table: a figure of a result and what it should be."""
+
+    what: str
+    peer: str
+    job: str
+    figure: Callable[[dict[str, Any]], float]
+    goal: float
+    at_least: bool = False
+    unit: str = "x"
+
+    def cells(self, results: dict[str, Any]) -> list[str]:
+        if self.job not in results:
+            return [self.what, self.peer, self._goal(), "not run", ""]
+        value = self.figure(results[self.job])
+        met = value >= self.goal if self.at_least else value <= self.goal
+        by = abs(value - self.goal)
+        verdict = "met" if met else f"missed by {self._number(by)}"
+        return [self.what, self.peer, self._goal(), f"**{self._number(value)} {self.unit}**", verdict]
+
+    def _goal(self) -> str:
+        return f"{'>=' if self.at_least else '<='} {self._number(self.goal)} {self.unit}"
+
+    @staticmethod
+    def _number(value: float) -> str:
+        return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def selection() -> dict[str, float]:
-    scores = torch.rand(20_000_000, generator=torch.Generator().manual_seed(0))
-    k = len(scores) // 2
-    from_below = len(scores) - k + 1
-    assert kth_score(lambda: [scores], k).threshold == scores.kthvalue(from_below).values.item()
-    return in_turns(lambda: kth_score(lambda: [scores], k), lambda: scores.kthvalue(from_below), runs=3)
+PLAIN = "forward + backward with weight gradients, 224 px"
+LINES = [
+    Line("channel-gate scoring, ResNet-50", PLAIN, "scoring-resnet50", lambda r: r["gates_ratio"], 0.80),
+    Line("channel-gate scoring, ResNet-152", PLAIN, "scoring-resnet152", lambda r: r["gates_ratio"], 0.80),
+    Line("gates and weight statistics, ResNet-50", PLAIN, "scoring-resnet50", lambda r: r["weights_ratio"], 1.10),
+    Line("gates and weight statistics, ResNet-152", PLAIN, "scoring-resnet152", lambda r: r["weights_ratio"], 1.10),
+    Line("the stage through Ray, rows/s", "bare PyTorch loop", "stage", lambda r: r["ratio_to_bare"], 0.95, True),
+    Line("two workers, rows/s", "one worker", "stage", lambda r: r["ratio_of_two_workers"], 1.85, True),
+    Line("five criteria, rows/s", "Torch-Pruning: Taylor, then OBD-C", "peers", lambda r: r["speed_ratio"], 3.0, True),
+    Line(
+        "global masks of 1e8 scores, speed",
+        "torch global_unstructured",
+        "selection",
+        lambda r: r["masks"]["speed_ratio"],
+        10.0,
+        True,
+    ),
+    Line(
+        "the same, extra memory", "torch global_unstructured", "selection", lambda r: r["masks"]["memory_ratio"], 0.10
+    ),
+    Line(
+        "threshold of 1e9 scores, extra memory", "-", "selection", lambda r: r["billion"]["extra_mb"], 300.0, unit="MB"
+    ),
+    Line(
+        "JPEG decode + transform, stored 224 px, rows/s",
+        "timm + DataLoader",
+        "decode",
+        lambda r: r["stored"]["speed_ratio_timm"],
+        1.2,
+        True,
+    ),
+    Line("the same, 500 x 375", "timm + DataLoader", "decode", lambda r: r["large"]["speed_ratio_timm"], 1.2, True),
+    Line("peak memory, 100x the rows", "1x the rows", "memory", lambda r: r["largest_over_smallest"], 1.05),
+    Line("a commit of 60 M weight statistics, MB/s", "raw write", "commits", lambda r: r["ratio"], 0.7, True),
+]
+
+
+def run(name: str, data: str | None) -> dict[str, Any]:
+    job = JOBS[name]
+    command = [sys.executable, "-m", f"benchmarks.{job.module}", *job.options]
+    if job.reads_rows and data:
+        command += ["--data", data]
+    print(f"{name}: {' '.join(command[1:])}", flush=True)
+    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return dict(json.loads(output[output.index("{") :]))
+
+
+def table(results: dict[str, Any]) -> str:
+    head = ["what", "peer", "goal", "measured", ""]
+    rows = [head, ["---"] * len(head), *(line.cells(results) for line in LINES)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def machine() -> str:
+    model = platform.processor()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        names = [line.split(":", 1)[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
+        model = names[0] if names else model
+    return f"{model}, {len(os.sched_getaffinity(0))} cores, Python {platform.python_version()}, no GPU"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", help="Parquet file of images in Hugging Face's layout; without it, made-up JPEGs")
+    parser.add_argument("--only", nargs="+", choices=list(JOBS), default=list(JOBS), metavar="NAME")
+    options = parser.parse_args()
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    for name in options.only:
+        results[name] = {**run(name, options.data), "machine": machine()}
+        RESULTS.write_text(json.dumps(results, indent=1, sort_keys=True) + "\n")
+    readme = HERE / "README.md"
+    text = readme.read_text()
+    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
+    readme.write_text(f"{before}{BEGIN}\n{table(results)}\n{after}")
+    print(table(results))
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    results = {"gates": gates(), "selection": selection()}
-    for name, values in results.items():
-        print(f"{name:10s} ours {values['ours_s']:.3f} s   peer {values['peer_s']:.3f} s   ratio {values['ratio']:.2f}")
-    Path(__file__).with_name("results.json").write_text(json.dumps(results, indent=1) + "\n")
+    main()

@@ -47,7 +47,7 @@ def measure(
     data: str | None = None,
     model: str = "resnet50",
     size: int = 64,
-    rows: int = 1024,
+    rows: int = 1280,
     micro_batch: int = 16,
     turns: int = 2,
 ) -> dict[str, Any]:

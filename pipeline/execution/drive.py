@@ -112,7 +112,10 @@ def run_pass(
             grid = _begin(work, pool, grid)
             work = replace(work, grid=grid)
             coordinator = Coordinator(
-                reading.covered | ~wanted, commit_interval_s=commit_interval_s, max_failures=max_failures
+                reading.covered | ~wanted,
+                commit_interval_s=commit_interval_s,
+                max_failures=max_failures,
+                num_workers=pool.num_workers,
             )
             left_out = int((~wanted & ~reading.covered).sum())
             _drive(coordinator, pool, work, len(reading.bad_rows), left_out, max_bad_fraction, on_progress, on_warning)
