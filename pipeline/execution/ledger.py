@@ -107,15 +107,13 @@ class StoredCommit:
     rows: int
     bad_rows: tuple[dict[str, Any], ...]
     fingerprint: str
-    tensors: Mapping[str, Any] = field(repr=False)
-    """Name -> shape and data_offsets, as in a safetensors header."""
-    crc32: Mapping[str, int] = field(repr=False)
 
     @classmethod
     def open(cls, path: str, name: str, size: int) -> StoredCommit:
         """Raises TornCommit if the file is shorter or longer than its header says."""
         try:
-            header, start = _header(path)
+            with artifacts.open_file(path) as file:
+                header, start = _header(file)
             metadata = header.pop("__metadata__")
             whole = start + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
             if size != whole:
@@ -127,8 +125,6 @@ class StoredCommit:
                 rows=int(metadata["rows"]),
                 bad_rows=tuple(json.loads(metadata["bad_rows"])),
                 fingerprint=metadata["fingerprint"],
-                tensors={key: {**tensor, "start": start} for key, tensor in header.items()},
-                crc32=json.loads(metadata["crc32"]),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise TornCommit(name, str(error)) from error
@@ -138,23 +134,25 @@ class StoredCommit:
         """Raises TornCommit if a byte is wrong."""
         found = {}
         with artifacts.open_file(self.path) as file:
-            for key, tensor in self.tensors.items():
+            header, start = _header(file)
+            crc32 = json.loads(header.pop("__metadata__")["crc32"])
+            for key, tensor in header.items():
                 first, last = tensor["data_offsets"]
-                file.seek(tensor["start"] + first)
+                file.seek(start + first)
                 data = bytearray(file.read(last - first))
-                if zlib.crc32(data) != self.crc32[key]:
+                if zlib.crc32(data) != crc32[key]:
                     raise TornCommit(self.name, f"the sums of {key} do not have the checksum that the file names")
-                found[key] = torch.frombuffer(data, dtype=torch.int64).reshape(tensor["shape"])
+                whole = torch.frombuffer(data, dtype=torch.int64) if data else torch.zeros(0, dtype=torch.int64)
+                found[key] = whole.reshape(tensor["shape"])
         return found
 
 
-def _header(path: str) -> tuple[dict[str, Any], int]:
+def _header(file: Any) -> tuple[dict[str, Any], int]:
     """A safetensors header, and where the data begin."""
-    with artifacts.open_file(path) as file:
-        head = file.read(HEAD)
-        end = 8 + int.from_bytes(head[:8], "little")
-        if end > len(head) == HEAD:
-            head += file.read(end - len(head))
+    head = file.read(HEAD)
+    end = 8 + int.from_bytes(head[:8], "little")
+    if end > len(head) == HEAD:
+        head += file.read(end - len(head))
     if len(head) < max(end, 9):
         raise ValueError("the file ends within its header")
     header = json.loads(head[8:end])
