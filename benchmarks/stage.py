@@ -5,7 +5,8 @@ one_worker   run_pass and RayPool with one worker of one thread: the same rows, 
 two_workers  the same with two
 
 Every computing process, with all that it starts, is held on one core of its own: otherwise a worker's decoding thread would have the
-second core for itself, which the bare loop does not. Ray and the driver have the cores that are left and what workers leave of theirs.
+second core for itself, which the bare loop does not. Ray's own processes are held on the first core, the one worker on the last; two
+workers on two cores share the first with Ray, which takes a few per cent of it.
 
 Rates count from the first unit to the merged result. What comes before is told by itself: `start_up_s` until a new worker has computed
 the pilot, `begin_pass_s` the same for a worker that is up already. `cpu_ratio_to_bare` compares processor time, of all threads of the
@@ -64,7 +65,8 @@ def measure(
     cores = sorted(os.sched_getaffinity(0))
     with one_thread(), image_rows(data, rows) as source:
         scoring = Scoring(source, model, size, micro_batch)
-        connect(None, num_cpus=3)  # one_worker and two_workers, which wait while it is not their turn
+        with on_core(cores[0]):  # Ray's own processes inherit it; workers move to theirs
+            connect(None, num_cpus=3)  # one_worker and two_workers, which wait while it is not their turn
         try:
             found = _compare(scoring, {"one_worker": cores[-1:], "two_workers": cores[-2:]}, turns)
         finally:

@@ -22,6 +22,7 @@ from pyarrow import ArrowInvalid
 from pyarrow import fs as arrow_fs
 from safetensors import SafetensorError
 from safetensors.torch import load as load_safetensors
+from safetensors.torch import load_file
 from torch import Tensor
 
 DTYPES = {
@@ -219,8 +220,11 @@ def write_tensors(path: str, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(path: str) -> dict[str, Tensor]:
+    """Of a local file the tensors are read when they are looked at."""
+    if not exists(path):
+        raise StorageError(f"cannot read {path}: there is no such file")
     try:
-        return load_safetensors(read_bytes(path))
+        return load_safetensors(read_bytes(path)) if is_uri(path) else load_file(path)
     except SafetensorError as error:
         raise StorageError(f"{path} is no whole safetensors file ({error}). Remove it to make it anew.") from error
 

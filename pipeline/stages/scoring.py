@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pipeline import artifacts
 from pipeline.data.units import STRIDES, Units
+from pipeline.execution.drive import PassResult
 from pipeline.models.zoo import ModelError
 from pipeline.pruning.stability import plan_change
 from pipeline.pruning.trials import trace
@@ -72,18 +73,29 @@ def score(run: Run) -> None:
     def work() -> None:
         options = {"weights": "weights" in kinds, "inputs": "inputs" in kinds}
         task = GateStatistics(run.network("dense"), graph, **options)
+        results: list[PassResult] = []
         for stride in _strides(settings.stop_when_stable, len(units)):
             result = run.data_pass(
                 "score", task, run.train_rows, units, micro_batch=settings.micro_batch, title="score", stride=stride
             )
+            results.append(result)
             values = by_group(graph, result.values)
             if stride == 1 or _is_stable(run, values, stride):
                 break
         artifacts.write_tensors(run.path("saliency", "statistics.safetensors"), values)
-        about = {key: value for key, value in asdict(result).items() if key != "values"}
-        artifacts.write_json(run.path("saliency", "pass.json"), about)
+        artifacts.write_json(run.path("saliency", "pass.json"), _about(results))
 
     run.stage("score", inputs, run.path("saliency", "statistics.safetensors"), work)
+
+
+def _about(results: list[PassResult]) -> dict[str, Any]:
+    """The last of growing samples has all the rows; time and losses are those of all."""
+    about = {key: value for key, value in vars(results[-1]).items() if key != "values"}
+    return about | {
+        "seconds": sum(result.seconds for result in results),
+        "lost_workers": sum(result.lost_workers for result in results),
+        "resumed_units": results[0].resumed_units,
+    }
 
 
 def _kinds(run: Run, stage: str, parts: dict[str, tuple[str, ...]]) -> list[str] | None:
