@@ -46,16 +46,15 @@ def magnitudes(sums: Mapping[str, Tensor], segments: Segments | None = None) -> 
     """What a grid needs to know of a pilot: a few numbers, however large the sums. Counts have none."""
     floats = {name: value for name, value in sums.items() if value.is_floating_point()}
     return {
-        name: [_top(part) for part in (value.split(segments[name], -1) if segments and name in segments else (value,))]
+        name: _tops(value.split(segments[name], -1) if segments and name in segments else (value,))
         for name, value in floats.items()
     }
 
 
-def _top(value: Tensor) -> float:
-    if not value.numel():
-        return 0.0
-    low, high = torch.aminmax(value)  # five times as fast as a norm
-    return torch.maximum(-low, high).item()
+def _tops(values: Sequence[Tensor]) -> list[float]:
+    """Largest magnitude of each, NaN if there is one. One wait for the device, not one for each tensor."""
+    pairs = [torch.aminmax(value) if value.numel() else (value.new_zeros(()),) * 2 for value in values]
+    return torch.stack([torch.maximum(-low, high).double() for low, high in pairs]).tolist() if pairs else []
 
 
 def base(name: str) -> str:
@@ -172,18 +171,17 @@ class ExactSums:
             raise SumOverflow(
                 f"more than {1 << (SUM_BITS - self.grid.addend_bits)} addends: the grid was made for fewer."
             )
+        large = [name for name in addend if name in self.grid.exponents and name not in {*nested, *self.grid.segments}]
+        tops = dict(zip(large, _tops([addend[name] for name in large]), strict=True))
         for name, value in addend.items():
             if name in nested:
                 parts = self.grid.quantise(name, value.detach())
                 for suffix in ("", *(f"{STRIDE}{stride}" for stride in strides)):
                     self.merge({name + suffix + part.removeprefix(name): total for part, total in parts.items()})
-            elif name in self.grid.exponents and name not in self.grid.segments and self._fits(name, value):
+            elif name in tops and tops[name] * self.grid.scale(name, value.device) <= self.grid.largest:
                 self._add_large(name, value.detach())
             else:
                 self.merge(self.grid.quantise(name, value.detach()))
-
-    def _fits(self, name: str, value: Tensor) -> bool:
-        return bool(_top(value) * self.grid.scale(name, value.device) <= self.grid.largest)
 
     def _add_large(self, name: str, value: Tensor) -> None:
         """An addend within the fine grid: nothing of its size is made on the way. `_addends_left` rules out an overflow."""

@@ -24,7 +24,9 @@ def dense(run: Run) -> None:
     """RUN/networks/dense.safetensors: the given network, trained first where the configuration says so."""
     training, inputs = run.config.train, run.model_inputs()
     stored = run.manifest.stages["dense"].inputs.get("train", {}) if "dense" in run.manifest.stages else {}
-    movement = "movement" in kinds_needed(run) or "movement" in stored  # what was summed once is no reason to train anew
+    movement = (
+        "movement" in kinds_needed(run) or "movement" in stored
+    )  # what was summed once is no reason to train anew
     if training.epochs:
         inputs |= {"train": training_inputs(run, training) | ({"movement": True} if movement else {})}
 
