@@ -73,6 +73,17 @@ class Line:
         return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
+def _units_per_s(result: dict[str, Any]) -> float:
+    """Handed out by the coordinator and written to disk, one after the other on one core."""
+    troubled = result["troubled_pass"]
+    write_s = troubled["commits"] * troubled["write_ms"] / 1e3
+    return float(result["units"] / (result["units"] / troubled["coordinator_units_per_s"] + write_s))
+
+
+def _last_restart(result: dict[str, Any]) -> dict[str, float]:
+    return dict(result["troubled_pass"]["restarts"]["at the end"])
+
+
 PLAIN = "forward + backward with weight gradients, 224 px"
 LINES = [
     Line("channel-gate scoring, ResNet-50", PLAIN, "scoring-resnet50", lambda r: r["gates_ratio"], 0.80),
@@ -106,6 +117,9 @@ LINES = [
     ),
     Line("the same, 500 x 375", "timm + DataLoader", "decode", lambda r: r["large"]["speed_ratio_timm"], 1.2, True),
     Line("peak memory, 100x the rows", "1x the rows", "memory", lambda r: r["largest_over_smallest"], 1.05),
+    Line("1.6 M units and 512 workers: coordinator and commits", "-", "scale", _units_per_s, 2000.0, True, "units/s"),
+    Line("the same: restart from disk", "-", "scale", lambda r: _last_restart(r)["seconds"], 10.0, unit="s"),
+    Line("the same: memory of the restart", "-", "scale", lambda r: _last_restart(r)["peak_mb"], 1000.0, unit="MB"),
     Line("a commit of 60 M weight statistics, MB/s", "raw write", "commits", lambda r: r["ratio"], 0.7, True),
 ]
 

@@ -264,6 +264,7 @@ class ProcessPool:
             connection.close()
             os.close(process.fd)
         self._workers.clear()
+        self._leases.clear()
 
     def _ask(self, worker: str, method: str, *argument: Any) -> None:
         send(self._workers[worker][1], (method, argument))
