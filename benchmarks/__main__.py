@@ -34,7 +34,7 @@ class Job:
 JOBS = {
     "scoring-resnet50": Job("scoring", ("--model", "resnet50")),
     "scoring-resnet152": Job("scoring", ("--model", "resnet152", "--turns", "2")),
-    "stage": Job("stage", reads_rows=True),
+    "stage": Job("stage", ("--rows", "2560"), reads_rows=True),
     "peers": Job("peers", reads_rows=True),
     "selection": Job("selection"),
     "decode": Job("decode", reads_rows=True),

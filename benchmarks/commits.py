@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import tyro
 
-from benchmarks.decode import one_thread, versions
+from benchmarks.measuring import one_thread, versions
 from pipeline.execution.ledger import Commit, Ledger
 from pipeline.saliency.exact import ExactSums, Grid
 from pipeline.saliency.statistics import WEIGHT_KINDS

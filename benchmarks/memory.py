@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from itertools import cycle, islice
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import tyro
 
-from benchmarks.decode import image_rows, rows_of, versions, write_rows
+from benchmarks.measuring import image_rows, in_fresh_process, peak_memory, rows_of, versions, write_rows
 from pipeline.data.batches import Decoder
 from pipeline.data.rows import open_source
 from pipeline.data.units import Units
@@ -30,7 +26,6 @@ from pipeline.models import zoo
 from pipeline.models.trace import propagate
 from pipeline.saliency.statistics import GateStatistics
 
-T = TypeVar("T")
 ROW_GROUP = 64
 """Rows in a row group and in a unit."""
 
@@ -79,27 +74,6 @@ def _score(path: str, model: str, size: int) -> dict[str, float]:
         result = run_pass(work, LocalPool(), commit_interval_s=0.5)
     assert result.rows == source.num_rows
     return {**peak, "commits": result.commits}
-
-
-def in_fresh_process(work: Callable[..., T], *args: Any) -> T:
-    """The result of `work`, a function of a module, in a process that has done nothing before."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-        return process.submit(work, *args).result()
-
-
-@contextmanager
-def peak_memory() -> Iterator[dict[str, float]]:
-    """Resident memory of this process in MB: filled with "before_mb" at once, with "peak_mb" and "extra_mb" at the end."""
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of now is what there is now
-    found = {"before_mb": _status_mb("VmRSS")}
-    yield found
-    found["peak_mb"] = _status_mb("VmHWM")
-    found["extra_mb"] = found["peak_mb"] - found["before_mb"]
-
-
-def _status_mb(field: str) -> float:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith(field))
 
 
 if __name__ == "__main__":

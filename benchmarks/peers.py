@@ -21,7 +21,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from benchmarks.decode import image_rows, in_turns, one_thread, versions
+from benchmarks.measuring import image_rows, in_turns, one_thread, versions
 from pipeline.data.batches import Decoder, unit_batches
 from pipeline.data.units import Units
 from pipeline.models import zoo

@@ -11,8 +11,6 @@ without weight gradients is half of one with them.
 from __future__ import annotations
 
 import json
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +18,7 @@ import torch
 import tyro
 from torch.nn import functional as F
 
-from benchmarks.decode import one_thread, versions
+from benchmarks.measuring import in_turns, one_thread, versions
 from pipeline.data.units import STRIDES
 from pipeline.models import zoo
 from pipeline.models.trace import propagate
@@ -45,14 +43,7 @@ def measure(model: str = "resnet50", size: int = 224, rows: int = 16, turns: int
             "gates": _scored(model, images, labels, weights=False),
             "weights": _scored(model, images, labels, weights=True),
         }
-        times: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(turns + 1):
-            for name, work in ways.items():
-                started = time.perf_counter()
-                work()
-                if turn:
-                    times[name].append((time.perf_counter() - started) / rows)
-    seconds = {name: statistics.median(found) for name, found in times.items()}
+        seconds = {name: value / rows for name, value in in_turns(ways, turns).items()}
     return {
         "model": model,
         "size": size,

@@ -20,8 +20,7 @@ import tyro
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
-from benchmarks.decode import one_thread, versions
-from benchmarks.memory import in_fresh_process, peak_memory
+from benchmarks.measuring import in_fresh_process, one_thread, peak_memory, versions
 from pipeline.pruning.selection import global_masks, kth_score
 
 SHARD = 10_000_000

@@ -30,7 +30,7 @@ import torch
 import tyro
 from torch import Tensor, nn
 
-from benchmarks.decode import image_rows, on_core, one_thread, versions
+from benchmarks.measuring import image_rows, on_core, one_thread, versions
 from pipeline.data.batches import Decoder, unit_batches
 from pipeline.data.rows import Source
 from pipeline.data.units import Units
