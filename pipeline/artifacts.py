@@ -6,6 +6,7 @@ target, synced and renamed; object stores have no rename and need none: a PUT is
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -45,6 +46,15 @@ class StaleArtifact(ValueError):
 class StorageError(OSError):
     """A path cannot be read or written; the message says which and what to do."""
 
+    @property
+    def may_pass(self) -> bool:
+        """Whether the same may work in a moment: an object store or a network file system that does not answer."""
+        return isinstance(self, RemoteError) or self.errno in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN)
+
+
+class RemoteError(StorageError):
+    """An object store refuses or does not answer."""
+
 
 # --- paths -------------------------------------------------------------------------------------------------------------
 
@@ -71,7 +81,7 @@ def _remote(path: str) -> Iterator[tuple[arrow_fs.FileSystem, str]]:
     try:
         yield arrow_fs.FileSystem.from_uri(path)
     except (OSError, ArrowInvalid, NotImplementedError) as error:
-        raise StorageError(f"{path}: {error}. Check the address, its permissions and the network.") from error
+        raise RemoteError(f"{path}: {error}. Check the address, its permissions and the network.") from error
 
 
 # --- whole files -------------------------------------------------------------------------------------------------------
@@ -150,6 +160,12 @@ def open_file(path: str) -> Iterator[Any]:
             yield file
     except OSError as error:
         raise StorageError(error.errno, f"cannot read {path}: {error.strerror}") from error
+
+
+def copy(source: str, target: str) -> None:
+    """A file of any size, in pieces."""
+    with open_file(source) as file:
+        write_parts(target, iter(lambda: file.read(1 << 24), b""))
 
 
 def exists(path: str) -> bool:

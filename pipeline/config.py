@@ -29,12 +29,24 @@ def _as_tuple(value: Any) -> Any:
 
 
 def _as_names(value: Any) -> Any:
-    return (value,) if isinstance(value, str) else _as_tuple(value)
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else _as_tuple(value)
+
+
+def _as_floats(value: Any) -> Any:
+    return (value,) if isinstance(value, int | float) else _as_tuple(value)
+
+
+def _as_pattern(value: Any) -> Any:
+    if isinstance(value, int):
+        raise ValueError(f'{value} is what YAML makes of a pattern like 2:4. Write it in quotes: pattern: "2:4"')
+    return value
 
 
 IntTuple = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
-Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
-Names = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
+Floats = Annotated[tuple[float, ...], BeforeValidator(_as_floats)]
+Names = Annotated[tuple[str, ...], BeforeValidator(_as_names), Field(min_length=1)]
+Controls = Annotated[tuple[Literal["random", "magnitude"], ...], BeforeValidator(_as_names)]
+Pattern = Annotated[str | None, BeforeValidator(_as_pattern)]
 Kinds = Annotated[tuple[Literal["weights", "inputs", "curvature"], ...], BeforeValidator(_as_names)]
 
 
@@ -209,7 +221,7 @@ class BudgetConfig(Section):
 class MasksConfig(Section):
     """Masks of single weights of the dense network, from the same statistics: sparse, of the same shape."""
 
-    pattern: str | None = None
+    pattern: Pattern = None
     """`unstructured`, `N:M` such as 2:4 (N of M consecutive inputs stay), `block:SIZE` (consecutive inputs go together), `input:SIZE` (they go
     together for all outputs: a head of attention, in the projection that reads the heads). Empty: none."""
     only: str = "*"
@@ -227,7 +239,7 @@ class MasksConfig(Section):
 class ControlsConfig(Section):
     """The plans that the chosen criterion must beat."""
 
-    criteria: tuple[Literal["random", "magnitude"], ...] = ("random", "magnitude")
+    criteria: Controls = ("random", "magnitude")
     """Cut and evaluated at the same budget before recovery."""
     recover: bool = False
     """Recover them, too (as costly as the run's own recovery, each)."""

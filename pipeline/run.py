@@ -29,7 +29,7 @@ from pipeline.execution import pool as ray_pool
 from pipeline.execution.drive import PassResult, run_pass
 from pipeline.execution.ledger import Ledger
 from pipeline.execution.pool import RayPool
-from pipeline.execution.worker import Pass, Task
+from pipeline.execution.worker import Pass, Task, cpu_model
 from pipeline.models import zoo
 from pipeline.models.graph import Graph
 from pipeline.pruning.plan import Plan
@@ -296,7 +296,7 @@ def environment(run: Run) -> dict[str, Any]:
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "processor": _processor(),
+        "processor": cpu_model(),
         "cpus": _cpus(),
         "device": run.device,
         "workers": run.num_workers,
@@ -311,11 +311,3 @@ def _cpus() -> int:
     import os
 
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo") as file:
-            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor()

@@ -31,6 +31,11 @@ def test_each_jobs_defaults_come_back_from_yaml(job: str, tmp_path: Path):
     ("values", "words"),
     [
         ({"budget": {}}, ["budget.params or budget.macs"]),
+        (
+            {**VALUES, "masks": {"pattern": 124}},
+            ["masks.pattern", "YAML makes of a pattern like 2:4", 'pattern: "2:4"'],
+        ),
+        ({**VALUES, "score": {"criterion": []}}, ["score.criterion", "at least 1 item"]),
         ({"budget": {"params": 0}}, ["budget.params (0.0)", "between 0 and 1", "--budget.params 0.5"]),
         ({"budget": {"macs": 1.5}}, ["budget.macs (1.5)", "between 0 and 1"]),
         ({"budget": {"params": 0.5, "macs": 0.5}}, ["params (0.5) and macs (0.5) are both given"]),
@@ -67,3 +72,11 @@ def test_a_yaml_file_that_holds_no_mapping_is_named(tmp_path: Path):
     (tmp_path / "list.yaml").write_text("- 1\n")
     with pytest.raises(ConfigError, match=r"list\.yaml holds no mapping"):
         config.load(str(tmp_path / "list.yaml"))
+
+
+def test_a_name_or_a_number_stands_for_a_list_of_one():
+    values = {"score": {"criterion": "taylor, fisher", "criterion_weights": [3, 1]}, "controls": {"criteria": "random"}}
+    parsed = config.parse({**VALUES, **values})
+    assert parsed.score.criterion == ("taylor", "fisher")
+    assert parsed.controls.criteria == ("random",)
+    assert config.parse({**VALUES, "masks": {"criterion_weights": 0.5}}).masks.criterion_weights == (0.5,)

@@ -322,8 +322,14 @@ def test_a_pass_ends_when_the_plan_is_stable_whoever_computes_it(
     run.release_pool()
     about = artifacts.read_json(run.path("saliency", "pass.json"))
     assert (about["rows"], about["units"], about["stride"]) == (100, 25, 2)
-    half = ScoreConfig(rows_per_unit=4, micro_batch=4, stop_when_stable=0.001)
-    whole = Run(config(rows, tmp_path / "whole", num_workers, score=half))
+    sha256 = artifacts.read_json(run.path("saliency", "pass.json"))["sha256"]
+    other = Run(config(rows, tmp_path / "branch", num_workers, score=score, budget=BudgetConfig(macs=0.6)))
+    stages.branch(run, other)  # a sample that is there serves another budget, too
+    until_plan(other)
+    assert other._pool is None
+    assert artifacts.read_json(other.path("saliency", "pass.json"))["sha256"] == sha256
+    strict = ScoreConfig(rows_per_unit=4, micro_batch=4, stop_when_stable=0.001)
+    whole = Run(config(rows, tmp_path / "whole", num_workers, score=strict))
     until_plan(whole)
     whole.release_pool()
     assert artifacts.read_json(whole.path("saliency", "pass.json"))["rows"] == 200
@@ -401,6 +407,15 @@ def test_movement_is_collected_while_the_dense_network_is_trained(ray_cluster: N
         ({"masks": MasksConfig(pattern="unstructured")}, "keep"),
         ({"masks": MasksConfig(pattern="2:4", criterion="taylor")}, "'taylor' has no rule for weights"),
         ({"score": ScoreConfig(criterion=("taylor", "tailor"))}, "'tailor' is unknown"),
+        (
+            {"score": ScoreConfig(criterion="snip", stop_when_stable=0.1)},
+            "stop_when_stable goes with .* reads grad_sum",
+        ),
+        ({"score": ScoreConfig(criterion="magnitude", stop_when_stable=0.1)}, "reads no rows"),
+        (
+            {"score": ScoreConfig(stop_when_stable=0.1), "masks": MasksConfig(pattern="2:4", criterion="wanda")},
+            "reads input_square",
+        ),
         ({"score": ScoreConfig(criterion="taylor", criterion_weights=(1.0, 2.0))}, "one positive number for each"),
     ],
 )

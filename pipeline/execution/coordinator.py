@@ -57,6 +57,8 @@ class Lost:
     worker: str
     cause: str
     now: float
+    replace: bool = True
+    """Whether another one is wanted in its place."""
 
 
 @dataclass(frozen=True)
@@ -166,12 +168,12 @@ class Coordinator:
                     return []
                 self._commit(worker, now)
                 self._idle[worker] = None
-            case Lost(worker, cause, now):
+            case Lost(worker, cause, now, replace):
                 if worker in self._gone:
                     return []
                 if abort := self._take_back(worker, cause, now):
                     return abort
-                return [Spawn(cause), *self._assign(now)]
+                return [*([Spawn(cause)] if replace else []), *self._assign(now)]
             case Tick(now):
                 pass  # a pause may be over, a lease overdue
         if self._remaining == 0:
@@ -274,9 +276,7 @@ class Coordinator:
 
     def _straggling_units(self, now: float) -> tuple[int, ...]:
         """A piece of an overdue lease."""
-        if not self._units_per_s:
-            return ()
-        mean = self._mean_speed()
+        mean = self._mean_speed() if self._units_per_s else 1 / self.commit_interval_s  # a first unit may hang, too
         for worker, lease in self._leases.items():
             if lease.uncopied == 0:
                 continue

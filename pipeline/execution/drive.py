@@ -104,7 +104,7 @@ def run_pass(
         raise PassFailed(
             f"{work.ledger.directory} has commits, but no grid.json to read them by. Remove the directory."
         )
-    resumed, num_lost = int((reading.covered & wanted).sum()), 0
+    resumed, num_lost = int(reading.covered.sum()), 0
     while (wanted & ~reading.covered).any() or reading.sums is None:
         if (wanted & ~reading.covered).any():
             for reason in reading.rejected:
@@ -118,7 +118,8 @@ def run_pass(
                 num_workers=pool.num_workers,
             )
             left_out = int((~wanted & ~reading.covered).sum())
-            _drive(coordinator, pool, work, len(reading.bad_rows), left_out, max_bad_fraction, on_progress, on_warning)
+            most_bad = max_bad_fraction * work.units.num_rows / stride
+            _drive(coordinator, pool, work, len(reading.bad_rows), left_out, most_bad, on_progress, on_warning)
             pool.finish()
             num_lost += coordinator.num_lost
             num_files, reading = reading.num_files, work.ledger.coverage()
@@ -130,11 +131,13 @@ def run_pass(
         else:  # all there by their headers; a commit whose sums turn out broken is done again
             reading = work.ledger.read(grid)
     assert reading.sums is not None
-    _require_few_bad_rows(reading, work, max_bad_fraction)
+    _require_few_bad_rows(reading, max_bad_fraction * work.units.num_rows / stride)
+    # The ledger may hold a part of a larger sample, which an earlier start has begun.
+    sums = reading.sums if stride == 1 else reading.sums.sample(stride)
     return PassResult(
-        values=reading.sums.values(),
-        sha256=digest(reading.sums.totals),
-        rows=reading.rows,
+        values=sums.values(),
+        sha256=digest(sums.totals),
+        rows=reading.rows if stride == 1 else int(sums.totals["rows"]),
         units=int(wanted.sum()),
         workers=pool.num_workers,
         seconds=time.monotonic() - started,
@@ -164,7 +167,7 @@ def _drive(
     work: Pass,
     num_bad: int,
     left_out: int,
-    max_bad_fraction: float,
+    most_bad: float,
     on_progress: Callable[[int], None],
     on_warning: Callable[[str], None],
 ) -> None:
@@ -175,8 +178,8 @@ def _drive(
                 on_warning(f"worker {event.worker}: {event.cause}")
             if isinstance(event, Done) and event.bad_rows:
                 num_bad += event.bad_rows
-                if num_bad > max_bad_fraction * work.units.num_rows:  # by this count; what the ledger accepts decides
-                    _require_few_bad_rows(work.ledger.coverage(), work, max_bad_fraction)
+                if num_bad > most_bad:  # by this count; what the ledger accepts decides
+                    _require_few_bad_rows(work.ledger.coverage(), most_bad)
             for decision in coordinator.handle(event):
                 match decision:
                     case Work(worker, lease, units):
@@ -190,13 +193,12 @@ def _drive(
         on_progress(min((coordinator.num_done - left_out) * work.units.rows_per_unit, work.units.num_rows))
 
 
-def _require_few_bad_rows(reading: Reading, work: Pass, max_bad_fraction: float) -> None:
-    total = work.units.num_rows
-    if len(reading.bad_rows) > max_bad_fraction * total:
+def _require_few_bad_rows(reading: Reading, most_bad: float) -> None:
+    if len(reading.bad_rows) > most_bad:
         first = reading.bad_rows[0]
         raise PassFailed(
-            f"{len(reading.bad_rows)} of {total} rows are bad, more than data.max_bad_fraction ({max_bad_fraction:g}) allows; the first: "
-            f"{first}. Repair the data, or raise data.max_bad_fraction."
+            f"{len(reading.bad_rows)} rows are bad, more than the {int(most_bad)} that data.max_bad_fraction allows; the first: {first}. "
+            "Repair the data, or raise data.max_bad_fraction."
         )
 
 

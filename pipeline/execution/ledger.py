@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,8 @@ from pipeline.saliency.exact import ExactSums, Grid
 SUFFIX = ".safetensors"
 HEAD = 1 << 14
 """Bytes of a commit that are read at once to learn which units it holds; more only if its header is longer."""
+CHECKSUMS = "~crc32"
+"""int64 [sums]: in the order of their names, which all come before this one."""
 READERS = 16
 """Headers that are read at the same time: on an object store each one is a wait of tens of milliseconds."""
 
@@ -68,16 +71,25 @@ class Commit:
     name: str = ""
 
     def parts(self, fingerprint: str) -> Iterator[bytes | memoryview]:
-        """The bytes of its file, a safetensors file whose header tells all but the sums."""
-        sums = {name: zlib.crc32(artifacts.tensor_bytes(total)) for name, total in self.totals.items()}
+        """The bytes of its file, a safetensors file: a header that tells all but the sums, the sums, and last their checksums, which
+        a second thread works out while the sums are being written."""
         metadata = {
             "units": format_ranges(self.units),
             "rows": str(self.rows),
             "bad_rows": json.dumps(self.bad_rows),
             "fingerprint": fingerprint,
-            "crc32": json.dumps(sums),
         }
-        return artifacts.tensor_parts(self.totals, metadata)
+        metadata["header_crc32"] = str(_header_crc32(metadata))
+        checksums = torch.zeros(len(self.totals), dtype=torch.int64)
+        parts = iter(artifacts.tensor_parts({**self.totals, CHECKSUMS: checksums}, metadata))
+        yield next(parts)
+        with ThreadPoolExecutor(1) as second:
+            found = []
+            for part in islice(parts, len(self.totals)):
+                found.append(second.submit(zlib.crc32, part))
+                yield part
+            checksums.copy_(torch.tensor([one.result() for one in found], dtype=torch.int64))
+        yield from parts
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -87,6 +99,10 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         state.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
         state.update(artifacts.tensor_bytes(tensor))
     return state.hexdigest()
+
+
+class ForeignDevice(RuntimeError):
+    """A worker's device gives other bits than those of the pass."""
 
 
 class TornCommit(ValueError):
@@ -103,6 +119,7 @@ class StoredCommit:
 
     path: str
     name: str
+    size: int
     units: np.ndarray = field(repr=False)
     rows: int
     bad_rows: tuple[dict[str, Any], ...]
@@ -113,20 +130,23 @@ class StoredCommit:
         """Raises TornCommit if the file is shorter or longer than its header says."""
         try:
             with artifacts.open_file(path) as file:
-                header, start = _header(file)
+                header, start = _header(file, size)
             metadata = header.pop("__metadata__")
+            if _header_crc32(metadata) != int(metadata["header_crc32"]):
+                raise ValueError("its header does not have the checksum that it names")
             whole = start + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
             if size != whole:
                 raise ValueError(f"the file has {size} bytes, its header says {whole}")
             return cls(
                 path=path,
                 name=name,
+                size=size,
                 units=parse_ranges(metadata["units"]),
                 rows=int(metadata["rows"]),
                 bad_rows=tuple(json.loads(metadata["bad_rows"])),
                 fingerprint=metadata["fingerprint"],
             )
-        except (KeyError, TypeError, ValueError) as error:
+        except (LookupError, TypeError, ValueError) as error:
             raise TornCommit(name, str(error)) from error
 
     @property
@@ -134,27 +154,36 @@ class StoredCommit:
         """Raises TornCommit if a byte is wrong."""
         found = {}
         with artifacts.open_file(self.path) as file:
-            header, start = _header(file)
-            crc32 = json.loads(header.pop("__metadata__")["crc32"])
+            header, start = _header(file, self.size)
+            del header["__metadata__"]
+            crc32: dict[str, int] = {}
             for key, tensor in header.items():
                 first, last = tensor["data_offsets"]
                 file.seek(start + first)
                 data = bytearray(file.read(last - first))
-                if zlib.crc32(data) != crc32[key]:
-                    raise TornCommit(self.name, f"the sums of {key} do not have the checksum that the file names")
+                crc32[key] = zlib.crc32(data)
                 whole = torch.frombuffer(data, dtype=torch.int64) if data else torch.zeros(0, dtype=torch.int64)
                 found[key] = whole.reshape(tensor["shape"])
+        named = found.pop(CHECKSUMS)
+        if named.tolist() != [crc32[key] for key in sorted(found)]:
+            raise TornCommit(self.name, "its sums do not have the checksums that the file names")
         return found
 
 
-def _header(file: Any) -> tuple[dict[str, Any], int]:
+def _header_crc32(metadata: Mapping[str, str]) -> int:
+    """Of all that the header says of the commit, but this."""
+    said = {key: value for key, value in metadata.items() if key != "header_crc32"}
+    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
+
+
+def _header(file: Any, size: int) -> tuple[dict[str, Any], int]:
     """A safetensors header, and where the data begin."""
     head = file.read(HEAD)
     end = 8 + int.from_bytes(head[:8], "little")
-    if end > len(head) == HEAD:
-        head += file.read(end - len(head))
-    if len(head) < max(end, 9):
+    if not 8 < end <= size:
         raise ValueError("the file ends within its header")
+    if end > len(head):
+        head += file.read(end - len(head))
     header = json.loads(head[8:end])
     if not isinstance(header, dict):
         raise ValueError("the header is no JSON object")
@@ -245,7 +274,7 @@ class Ledger:
             )
         first = artifacts.read_json(self._grid_path)["processor"]
         if processor != first:
-            raise ValueError(
+            raise ForeignDevice(
                 f"this pass began on '{first}', and {socket.gethostname()} has '{processor}': floating point differs between the two, so "
                 "their sums do not belong together. Use nodes of one kind, or another --run-dir."
             )

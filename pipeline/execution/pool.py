@@ -27,6 +27,7 @@ from pipeline.artifacts import StaleArtifact, StorageError
 from pipeline.execution import metrics
 from pipeline.execution.coordinator import Done, Event, Joined, Lost, Tick
 from pipeline.execution.drive import PassFailed
+from pipeline.execution.ledger import ForeignDevice
 from pipeline.execution.worker import Pass, UnitWorker
 from pipeline.saliency.exact import Grid, Magnitudes
 
@@ -42,6 +43,12 @@ FATAL = (
     StaleArtifact,
 )
 """Errors that would come again on any worker: bad input, a bug, a full disk. Others (a flaky network, CUDA) are tried again."""
+
+
+def is_fatal(error: BaseException | None) -> bool:
+    return isinstance(error, FATAL) and not (isinstance(error, StorageError) and error.may_pass)
+
+
 LOOK_EVERY_S = 5.0
 """How often a growing pool asks the cluster for its size."""
 
@@ -129,6 +136,7 @@ class RayPool:
         self.grow = grow
         self.start_timeout_s = start_timeout_s
         self._looked = time.monotonic()
+        self._num_foreign = 0
         self._actors: dict[str, Any] = {}
         self._pending: dict[Any, tuple[str, int]] = {}  # object ref -> (worker, lease; 0 for loading a pass)
         self._work: Any = None
@@ -168,7 +176,7 @@ class RayPool:
             except LOST as error:
                 cause = error
             except RayTaskError as error:
-                if isinstance(error.cause, FATAL):
+                if is_fatal(error.cause):
                     raise error.cause from None
                 cause = error.cause
             self._drop(name)
@@ -205,7 +213,8 @@ class RayPool:
         if not self.grow or time.monotonic() - self._looked < LOOK_EVERY_S:
             return
         self._looked = time.monotonic()
-        for _ in range(default_num_workers(self.device, self.threads) - len(self._actors)):
+        room = default_num_workers(self.device, self.threads) - self._num_foreign
+        for _ in range(room - len(self._actors)):
             self.spawn()
         self.num_workers = max(self.num_workers, len(self._actors))
 
@@ -228,10 +237,15 @@ class RayPool:
             self._drop(worker)
             return Lost(worker, _first_line(error), now)
         except RayTaskError as error:
-            if isinstance(error.cause, FATAL):
+            if is_fatal(error.cause):
                 raise error.cause from None
             self._drop(worker)
-            return Lost(worker, _first_line(error.cause), now)
+            foreign = isinstance(error.cause, ForeignDevice)
+            if foreign:  # another one in its place would most likely be as foreign
+                self._num_foreign += 1
+                if not self._actors:
+                    raise PassFailed(str(error.cause)) from None
+            return Lost(worker, _first_line(error.cause), now, replace=not foreign)
         return Done(worker, lease, now, num_bad) if lease else Joined(worker, now)
 
     def _drop(self, worker: str) -> None:

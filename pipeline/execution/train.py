@@ -31,7 +31,7 @@ from torch import nn
 
 from pipeline import artifacts
 from pipeline.execution import metrics
-from pipeline.execution.pool import FATAL
+from pipeline.execution.pool import is_fatal
 from pipeline.training.loop import Batches, OnProgress, Record, TrainResult, train
 from pipeline.training.settings import TrainSettings
 
@@ -200,7 +200,7 @@ class _StopAtFatalErrors(UserCallback):
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for _, error in sorted(worker_exceptions.items()):
-            if isinstance(error, FATAL):
+            if is_fatal(error):
                 raise error
 
 
@@ -210,7 +210,7 @@ class _StopAtFatalErrors(UserCallback):
 def _clear_error(
     error: TrainingFailedError, directory: str, num_workers: int, resources: dict[str, int]
 ) -> BaseException:
-    if isinstance(error, ControllerError) and isinstance(error.controller_failure, FATAL):
+    if isinstance(error, ControllerError) and is_fatal(error.controller_failure):
         return error.controller_failure
     if isinstance(error, WorkerGroupError):
         first_lines = {rank: _first_line(e) for rank, e in sorted(error.worker_failures.items())}

@@ -72,11 +72,20 @@ def make_deterministic(device: torch.device, threads: int) -> None:
 
 
 def processor(device: torch.device) -> str:
-    """What the bits of a floating-point sum depend on: the GPU's name, or the CPU's instruction set and threads; torch's version."""
+    """What the bits of a floating-point sum depend on: the GPU's or the CPU's model, its instruction set and threads, torch's version."""
     if device.type == "cuda":
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}"
     capability = torch.backends.cpu.get_cpu_capability()
-    return f"{platform.machine()} {capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{cpu_model()} {capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def cpu_model() -> str:
+    """Libraries choose their kernels, and so their rounding, by the maker and the caches of a CPU."""
+    try:
+        with open("/proc/cpuinfo") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
 
 
 class UnitWorker:

@@ -163,6 +163,8 @@ def _fused(target: Target, rules: Sequence[Rule], shares: Sequence[float]) -> Ru
 
 def ranks(score: Tensor) -> Tensor:
     """Rank of each entry as a fraction in (0, 1], equals share their mean rank; +inf (keep in any case) stays."""
+    if score.isnan().any():
+        raise ValueError("a score is NaN, which has no rank. The network or its loss gave no number there.")
     values, inverse, counts = score.reshape(-1).unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     mean_rank = last - (counts - 1) / 2

@@ -7,6 +7,7 @@ backward through the backward for each product.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 
 import torch
@@ -40,7 +41,10 @@ class CurvatureStatistics:
         self.segments: Mapping[str, tuple[int, ...]] = {}
         self._names = list(multiplied(model, graph))
         rows = int(gradient["rows"])
-        self._gradient = [(gradient[f"grad_sum/{name}"].double() / rows).float() for name in self._names]
+        mean = [gradient[f"grad_sum/{name}"].double() / rows for name in self._names]
+        top = max((float(g.abs().max()) for g in mean), default=0.0)
+        self._scale = 2.0 ** -math.frexp(top)[1]  # a float16 would lose small gradients
+        self._gradient = [(g * self._scale).float() for g in mean]
         self._parameters: list[nn.Parameter] = []
         self._device = torch.device("cpu")
 
@@ -65,7 +69,7 @@ class CurvatureStatistics:
             diagonal = [
                 sign * value for sign, value in zip(signs, self._product(grads, signs, retain=True), strict=True)
             ]
-            flow = self._product(grads, self._gradient, retain=False)
+            flow = [v.float() / self._scale for v in self._product(grads, self._gradient, retain=False)]
         sums = {"rows": torch.tensor(len(labels_N), dtype=torch.int64)}
         for kind, values in zip(CURVATURE_KINDS, (diagonal, flow), strict=True):
             sums |= {f"{kind}/{name}": value.float() for name, value in zip(self._names, values, strict=True)}

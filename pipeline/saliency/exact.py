@@ -214,6 +214,15 @@ class ExactSums:
             )
         self.totals[name] = total
 
+    def sample(self, stride: int) -> ExactSums:
+        """The sums over every `stride`-th unit, and those over larger strides: what was added of other units is in none of them."""
+        chosen = ExactSums(self.grid)
+        for name, total in self.totals.items():
+            if (found := re.search(rf"{STRIDE}(\d+)({COARSE})?$", name)) and int(found[1]) >= stride:
+                own = int(found[1]) == stride
+                chosen.totals[base(name) + (found[2] or "") if own else name] = total
+        return chosen
+
     def values(self) -> dict[str, Tensor]:
         """The sums: float64, int64 for counts."""
         values: dict[str, Tensor] = {}

@@ -7,8 +7,8 @@ from pipeline.data.folder import require_same_classes
 from pipeline.data.units import Units
 from pipeline.run import Run, environment
 from pipeline.stages.cutting import calibrate, cut_and_verify
-from pipeline.stages.masking import check_masks, mask_weights
-from pipeline.stages.planning import kinds_needed, plan
+from pipeline.stages.masking import check_masks, mask_weights, require_maskable
+from pipeline.stages.planning import check_stop, kinds_needed, plan
 from pipeline.stages.results import evaluate_after, evaluate_before, export, latency
 from pipeline.stages.scoring import curvature, score, trace_groups
 from pipeline.stages.training import dense, recover, training_order
@@ -27,6 +27,7 @@ def run_all(run: Run) -> None:
     check_early(run)
     dense(run)
     trace_groups(run)
+    require_maskable(run)
     score(run)
     curvature(run)
     plan(run)
@@ -48,7 +49,7 @@ def branch(old: Run, new: Run) -> None:
             continue
         for file in files:
             if artifacts.exists(old.path(file)):
-                artifacts.write_bytes(new.path(file), artifacts.read_bytes(old.path(file)))
+                artifacts.copy(old.path(file), new.path(file))
         new.manifest.adopt(stage, record)
         new.say(f"{stage}: taken from {old.dir}")
 
@@ -59,6 +60,7 @@ def check_early(run: Run) -> None:
     artifacts.probe_writable(run.dir)
     kinds_needed(run)
     check_masks(run)
+    check_stop(run)
     _ = run.num_classes
     require_same_classes(run.train_rows, run.val_rows)
     Units(run.train_rows.row_groups, config.score.rows_per_unit, config.score.num_rows)

@@ -57,6 +57,16 @@ def kinds_needed(run: Run) -> set[str]:
     return kinds
 
 
+def check_stop(run: Run) -> None:
+    """Samples of the rows are kept of channel gates alone: nothing else can be judged, or taken, by a part of the rows."""
+    others = kinds_needed(run) - GateStatistics.nested
+    if run.config.score.stop_when_stable is not None and (others or not plan_rules(run)["ours"].needs):
+        raise ValueError(
+            f"score.stop_when_stable goes with criteria that read channel gates, such as taylor and fisher, and with nothing else; this run "
+            f"reads {', '.join(sorted(others)) or 'no rows'}. Leave it out, or change score.criterion, score.statistics or masks."
+        )
+
+
 def statistics(run: Run) -> dict[str, Tensor]:
     """Everything that the scoring passes and the training have stored; empty if no criterion needed any."""
     found: dict[str, Tensor] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def score(run: Run) -> None:
         weights=run.weights_sha256("dense"),
         graph=graph.sha256(),
         kinds=kinds,
-        stop_when_stable=settings.stop_when_stable,
+        sample=_sample(run),
     )
 
     def work() -> None:
@@ -78,8 +79,8 @@ def score(run: Run) -> None:
             result = run.data_pass(
                 "score", task, run.train_rows, units, micro_batch=settings.micro_batch, title="score", stride=stride
             )
-            results.append(result)
             values = by_group(graph, result.values)
+            results.append(replace(result, values={}))
             if stride == 1 or _is_stable(run, values, stride):
                 break
         artifacts.write_tensors(run.path("saliency", "statistics.safetensors"), values)
@@ -94,7 +95,7 @@ def _about(results: list[PassResult]) -> dict[str, Any]:
     return about | {
         "seconds": sum(result.seconds for result in results),
         "lost_workers": sum(result.lost_workers for result in results),
-        "resumed_units": results[0].resumed_units,
+        "resumed_units": min(results[0].resumed_units, results[-1].units),
     }
 
 
@@ -109,6 +110,25 @@ def _kinds(run: Run, stage: str, parts: dict[str, tuple[str, ...]]) -> list[str]
     record = run.manifest.stages.get(stage)
     stored = {*record.inputs.get("kinds", [])} if record else set()
     return sorted(stored if kinds <= stored else kinds)
+
+
+def _sample(run: Run) -> dict[str, Any] | None:
+    """What decides where the pass ends, if not at the last row. A sample that is there already serves other plans, too."""
+    if run.config.score.stop_when_stable is None:
+        return None
+    rule = plan_rules(run)["ours"]
+    wanted = {
+        "stop_when_stable": run.config.score.stop_when_stable,
+        "criterion": rule.name,
+        "seed": run.config.score.seed,
+        "budget": run.config.budget.model_dump(mode="json"),
+    }
+    record = run.manifest.stages.get("score")
+    stored = record.inputs.get("sample") if record and record.state == "done" else None
+    if stored and stored != wanted and stored["stop_when_stable"] == wanted["stop_when_stable"]:
+        run.say(f"score: the sample of rows was judged by {stored['criterion']} and budget {stored['budget']}")
+        return dict(stored)
+    return wanted
 
 
 def _strides(stop_when_stable: float | None, num_units: int) -> list[int]:
@@ -126,9 +146,8 @@ def _is_stable(run: Run, values: dict[str, Tensor], stride: int) -> bool:
     """
     limit = run.config.score.stop_when_stable
     assert limit is not None
-    half, whole = (our_plan(run, {**values, **at_stride(values, s)}) for s in (2 * stride, stride))
-    change = plan_change(half, whole)
-    rows = int(values[f"rows@{stride}"])
+    change = plan_change(our_plan(run, at_stride(values, 2 * stride)), our_plan(run, values))
+    rows = int(values["rows"])
     run.say(f"score: from {rows // 2} to {rows} rows the plan exchanges {change:.1%} of what it removes")
     return change <= limit
 
@@ -153,7 +172,6 @@ def curvature(run: Run) -> None:
             units,
             micro_batch=settings.micro_batch,
             title="score, second order",
-            stride=first["stride"],
         )
         artifacts.write_tensors(run.path("saliency", "curvature.safetensors"), result.values)
 

@@ -259,6 +259,21 @@ def test_workers_of_all_speeds_end_together():
 # --- stories -----------------------------------------------------------------------------------------------------------
 
 
+def test_a_first_unit_that_hangs_is_given_to_another_worker():
+    coordinator = fresh(1, commit_interval_s=10.0)
+    coordinator.handle(Joined("hangs", 0.0))
+    assert coordinator.handle(Joined("b", 1.0)) == []
+    assert coordinator.handle(Tick(15.0)) == []
+    assert coordinator.handle(Tick(22.0)) == [Work("b", 2, (0,))]
+
+
+def test_a_worker_that_nobody_should_replace_leaves_its_units():
+    coordinator = fresh(2)
+    coordinator.handle(Joined("foreign", 0.0))
+    assert coordinator.handle(Lost("foreign", "another GPU", 1.0, replace=False)) == []
+    assert coordinator.handle(Joined("b", 1.0)) == [Work("b", 2, (1,))]
+
+
 @pytest.mark.parametrize("block", range(8))
 def test_250_stories_of_misfortune_count_each_row_once(block):
     happened: Counter[str] = Counter()

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from pipeline.artifacts import StaleArtifact, StorageError
-from pipeline.execution.ledger import Commit, Ledger, accept, digest, format_ranges, parse_ranges
+from pipeline.execution.ledger import (
+    CHECKSUMS,
+    Commit,
+    ForeignDevice,
+    Ledger,
+    accept,
+    digest,
+    format_ranges,
+    parse_ranges,
+)
 from pipeline.saliency.exact import Grid
 
 GRID = Grid({"a": [0]}, 40)
@@ -71,6 +80,24 @@ def test_a_commit_whose_sums_are_broken_covers_by_its_header_and_is_left_out_by_
     assert later in {path.name for path in tmp_path.iterdir()}
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda b: b.replace(b'"units":"0-3"', b'"units":"0-1"'),  # would be counted twice
+        lambda b: b"\xff" * 8 + b[8:],  # a header of 2^64 bytes
+        lambda b: b.replace(b'"data_offsets":[0,8]', b'"data_offsets":[0]  '),
+    ],
+)
+def test_a_header_that_is_not_as_it_was_written_is_torn(tmp_path, damage):
+    ledger = Ledger(str(tmp_path), 4, "f")
+    path = tmp_path / ledger.write(commit(0, 1, 2, 3))
+    whole = path.read_bytes()
+    path.write_bytes(damage(whole))
+    assert path.read_bytes() != whole
+    reading = ledger.read(GRID)
+    assert (reading.missing, len(reading.rejected)) == ([0, 1, 2, 3], 1)
+
+
 def test_coverage_reads_no_sums(tmp_path):
     ledger = Ledger(str(tmp_path), 2, "f")
     big = Commit((1,), 1, {"a": torch.zeros(1 << 16, dtype=torch.int64)})
@@ -83,6 +110,7 @@ def test_a_commit_is_a_safetensors_file(tmp_path):
     totals = {"b/x": torch.tensor([[1, 2], [3, 4]]), "a": torch.tensor(5), "empty": torch.zeros(0, dtype=torch.int64)}
     name = Ledger(str(tmp_path), 1, "f").write(Commit((0,), 1, totals))
     found = load_file(tmp_path / name)
+    assert len(found.pop(CHECKSUMS)) == 3
     assert {key: value.tolist() for key, value in found.items()} == {k: v.tolist() for k, v in totals.items()}
 
 
@@ -109,7 +137,7 @@ def test_a_worker_elsewhere_or_on_another_device_is_refused(tmp_path):
     ledger = Ledger(str(tmp_path / "shared"), 1, "aaaa")
     ledger.fix_grid(GRID, "H100")
     ledger.require_same_place("H100")
-    with pytest.raises(ValueError, match=r"began on 'H100', and .* has 'L4'"):
+    with pytest.raises(ForeignDevice, match=r"began on 'H100', and .* has 'L4'"):
         ledger.require_same_place("L4")
     with pytest.raises(StorageError, match=r"is not the directory of the driver.*that all nodes share"):
         Ledger(str(tmp_path / "own disk"), 1, "aaaa").require_same_place("H100")

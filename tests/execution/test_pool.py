@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
 from torch import Tensor
 
+from pipeline.artifacts import RemoteError, StorageError
 from pipeline.data.batches import Decoder
 from pipeline.data.rows import open_source
 from pipeline.data.units import Units
 from pipeline.execution import pool as pools
-from pipeline.execution.drive import run_pass
+from pipeline.execution.drive import PassFailed, run_pass
 from pipeline.execution.ledger import Ledger
 from pipeline.execution.pool import RayPool
 from pipeline.execution.worker import Pass
+from pipeline.saliency.exact import Grid
 from tests.data.making import image, write_parquet
 from tests.execution.test_drive import Brightness
 
@@ -68,6 +71,28 @@ def test_a_pool_grows_with_the_cluster_if_it_may(
         pool.close()
     assert (result.rows, result.values["rows"].item()) == (80, 80)
     assert result.workers == pool.num_workers == expected
+
+
+def test_what_may_pass_by_itself_is_tried_again_and_what_would_come_again_is_not():
+    assert not pools.is_fatal(RemoteError("s3://bucket/x: 503 slow down"))
+    assert not pools.is_fatal(StorageError(errno.ESTALE, "stale file handle"))
+    assert pools.is_fatal(StorageError(errno.ENOSPC, "no space left"))
+    assert pools.is_fatal(StorageError("not the directory of the driver"))
+    assert pools.is_fatal(ValueError("label out of range"))
+    assert not pools.is_fatal(RuntimeError("CUDA error"))
+
+
+def test_workers_of_another_kind_are_sent_away_and_the_last_one_says_why(
+    ray_cluster: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    work = a_pass(tmp_path, Slow())
+    work.ledger.fix_grid(Grid({"red": [30]}, 52), "another CPU")
+    pool = RayPool(2, "cpu", 1)
+    try:
+        with pytest.raises(PassFailed, match=r"this pass began on 'another CPU', and .* Use nodes of one kind"):
+            run_pass(work, pool, commit_interval_s=0.1)
+    finally:
+        pool.close()
 
 
 def test_a_row_that_gives_nan_is_named_with_its_unit(ray_cluster: None, tmp_path: Path):

@@ -91,6 +91,11 @@ def test_ranks_are_fractions_and_equals_share_theirs():
     assert ranks(torch.tensor([[3.0, 1.0], [1.0, torch.inf]])).tolist() == [[0.75, 0.375], [0.375, torch.inf]]
 
 
+def test_nan_has_no_rank():
+    with pytest.raises(ValueError, match="NaN, which has no rank"):
+        ranks(torch.tensor([1.0, torch.nan]))
+
+
 def test_joint_criteria_fuse_ranks_with_their_shares():
     # taylor (1, 3, 1.5) ranks 1/3, 1, 2/3; signed_taylor (0, 3, 1.5) the same; magnitude_l1 (7/4, 0, 5/4) ranks 1, 1/3, 2/3.
     joint = rule("channels", "taylor", "magnitude_l1", shares=(3.0, 1.0))

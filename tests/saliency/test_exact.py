@@ -116,6 +116,16 @@ def test_strides_add_the_same_bits_under_their_own_names():
     }
 
 
+def test_a_sample_holds_nothing_of_other_units():
+    sums = ExactSums(Grid({"a": [38]}, 52))
+    nested = frozenset({"a", "n"})
+    for unit in (0, 1, 2, 4, 8):
+        strides = [stride for stride in (2, 4, 8) if unit % stride == 0]
+        sums.add({"a": torch.tensor([2.0**unit]), "n": torch.tensor(1), "w": torch.tensor(1)}, strides, nested)
+    values = {name: value.item() for name, value in sums.sample(4).values().items()}
+    assert values == {"a": 1 + 16 + 256, "n": 3, "a@8": 1 + 256, "n@8": 2}
+
+
 def test_more_addends_than_the_grid_was_made_for_are_refused():
     sums = ExactSums(Grid({"a": [0]}, 61))
     sums.add({"a": torch.tensor([1.0])})
