@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from pipeline import artifacts
+from pipeline.pruning.plan import ranges
 from pipeline.saliency.exact import ExactSums, Grid
 
 SUFFIX = ".safetensors"
@@ -38,25 +39,14 @@ READERS = 16
 
 def format_ranges(units: Iterable[int]) -> str:
     """`[0, 1, 2, 5]` as `0-2,5`."""
-    parts: list[str] = []
-    start = last = None
-    for unit in sorted(units):
-        if last is not None and unit == last + 1:
-            last = unit
-            continue
-        if start is not None:
-            parts.append(f"{start}-{last}" if last != start else f"{start}")
-        start = last = unit
-    if start is not None:
-        parts.append(f"{start}-{last}" if last != start else f"{start}")
-    return ",".join(parts)
+    return ranges(sorted(units))
 
 
 def parse_ranges(text: str) -> np.ndarray:
     """int64 [units] from the text of `format_ranges`."""
     pairs = [part.partition("-") for part in filter(None, text.split(","))]
-    ranges = [np.arange(int(first), int(last or first) + 1) for first, _, last in pairs]
-    return np.concatenate(ranges) if ranges else np.zeros(0, dtype=np.int64)
+    runs = [np.arange(int(first), int(last or first) + 1) for first, _, last in pairs]
+    return np.concatenate(runs) if runs else np.zeros(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ def _summed(rule: Rule) -> Criterion:
     return Criterion(Rule(channels.summed(rule.fn), rule.needs, "global"), rule)
 
 
-def _loss(fn: Callable[..., Any], *kinds: str) -> Rule:
-    return Rule(fn, (*kinds, "rows"), "global")
+def _loss(fn: Callable[..., Any], kind: str, error: tuple[str, str] | None = None) -> Rule:
+    return Rule(fn, (kind, "rows"), "global", error=error)
 
 
 MAGNITUDE = Rule(weights.magnitude, (), "layer")
@@ -60,13 +60,10 @@ _GATE_ERROR = ("gate_abs", "gate_square")
 _SQUARE_ERROR = ("gate_square", "gate_fourth")
 
 CRITERIA: dict[str, Criterion] = {
-    "taylor": Criterion(Rule(channels.taylor, ("gate_abs", "rows"), "global", error=_GATE_ERROR)),
-    "taylor_square": Criterion(Rule(channels.taylor_square, ("gate_square", "rows"), "global", error=_SQUARE_ERROR)),
+    "taylor": Criterion(_loss(channels.taylor, "gate_abs", _GATE_ERROR)),
+    "taylor_square": Criterion(_loss(channels.taylor_square, "gate_square", _SQUARE_ERROR)),
     "signed_taylor": Criterion(_loss(channels.signed_taylor, "gate_sum")),
-    "fisher": Criterion(
-        Rule(channels.fisher, ("gate_square", "rows"), "global", error=_SQUARE_ERROR),
-        _loss(weights.fisher, "grad_square"),
-    ),
+    "fisher": Criterion(_loss(channels.fisher, "gate_square", _SQUARE_ERROR), _loss(weights.fisher, "grad_square")),
     "group_fisher": Criterion(Rule(channels.group_fisher, ("gate_square", "rows"), "flat")),
     "activation_mean": Criterion(Rule(channels.activation_mean, ("input_sum", "input_square"), "layer")),
     "activation_variance": Criterion(Rule(channels.activation_variance, ("input_sum", "input_square"), "layer")),

@@ -52,8 +52,11 @@ def check_masks(run: Run) -> None:
 
 def require_maskable(run: Run) -> None:
     """Masks of nothing show before the scoring."""
-    if (rule := mask_rule(run)) and not _maskable(run, run.graph(), rule)[0]:
-        _, whole = _maskable(run, run.graph(), rule)
+    rule = mask_rule(run)
+    if rule is None:
+        return
+    names, whole = _maskable(run, run.graph(), rule)
+    if not names:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in list(whole.items())[:3])
         raise ValueError(
             f"masks.pattern {run.config.masks.pattern}: no weight can be masked. The first reasons: {reasons}."

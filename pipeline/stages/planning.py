@@ -149,8 +149,9 @@ def stability(run: Run, stored: Mapping[str, Tensor]) -> dict[str, Any]:
     for stride in STRIDES:
         sample = at_stride(stored, stride)
         if 0 < int(sample.get("rows", 0)) < int(stored["rows"]):
-            change = plan_change(our_plan(run, sample), final)
-            correlation = rank_correlation(saliency_of(run, rule, graph, sample), saliency)
+            judged = saliency_of(run, rule, graph, sample)
+            change = plan_change(planned(run, graph, judged, rule), final)
+            correlation = rank_correlation(judged, saliency)
             curve.append({"rows": int(sample["rows"]), "plan_change": change, "rank_correlation": correlation})
     found: dict[str, Any] = {"rows": int(stored["rows"]), "curve": curve}
     if rule.error:

@@ -16,8 +16,8 @@ from pipeline.pruning.stability import plan_change
 from pipeline.pruning.trials import trace
 from pipeline.run import Run
 from pipeline.saliency.curvature import CURVATURE_KINDS, CurvatureStatistics
-from pipeline.saliency.statistics import INPUT_KINDS, WEIGHT_KINDS, GateStatistics, at_stride, by_group
-from pipeline.stages.planning import kinds_needed, our_plan, plan_rules, planned, statistics
+from pipeline.saliency.statistics import GateStatistics, at_stride, by_group
+from pipeline.stages.planning import STORED, kinds_needed, our_plan, plan_rules, planned, statistics
 
 FEWEST_UNITS = 8
 """Of half a sample: with fewer, that a plan does not change says nothing."""
@@ -57,7 +57,7 @@ def score(run: Run) -> None:
     """RUN/saliency/statistics.safetensors: exact sums over the rows, from which every criterion is computed."""
     settings, graph = run.config.score, run.graph()
     units = Units(run.train_rows.row_groups, settings.rows_per_unit, settings.num_rows)
-    kinds = _kinds(run, "score", {"weights": WEIGHT_KINDS, "inputs": INPUT_KINDS})
+    kinds = _kinds(run)
     if kinds is None:
         run.say("score: left out, no criterion needs rows")
         return
@@ -99,15 +99,15 @@ def _about(results: list[PassResult]) -> dict[str, Any]:
     }
 
 
-def _kinds(run: Run, stage: str, parts: dict[str, tuple[str, ...]]) -> list[str] | None:
+def _kinds(run: Run) -> list[str] | None:
     """What the pass stores beside the channel gates; None if it is not needed. What it has stored already may be more."""
     needed = kinds_needed(run)
     if not needed - {"movement"}:
         return None
-    kinds = {name for name, found in parts.items() if needed & {*found}}
+    kinds = {name for name in ("weights", "inputs") if needed & {*STORED[name]}}
     if needed & {*CURVATURE_KINDS}:
         kinds.add("weights")  # the second pass multiplies the Hessian with the gradient of the first
-    record = run.manifest.stages.get(stage)
+    record = run.manifest.stages.get("score")
     stored = {*record.inputs.get("kinds", [])} if record else set()
     return sorted(stored if kinds <= stored else kinds)
 
