@@ -57,6 +57,20 @@ def mask(model: nn.Module, plan: Plan) -> nn.Module:
     return masked
 
 
+@torch.no_grad()
+def masked(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
+    """Copy of `model` with zeros where the mask of a parameter is False, a tied weight under all its names.
+
+    Args:
+        masks: name of a parameter -> bool, shaped like it.
+    """
+    model = copy.deepcopy(model)
+    for name, parameter in model.named_parameters():
+        if name in masks:
+            parameter.masked_fill_(~masks[name].to(parameter.device), 0)
+    return model
+
+
 def _weight_norm_directions(model: nn.Module) -> dict[str, int]:
     """Names of weight_norm's direction tensors -> the dimension along which they are normalised.
 

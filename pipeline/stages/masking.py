@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,7 +12,7 @@ from torch.nn.modules.conv import _ConvTransposeNd
 
 from pipeline import artifacts
 from pipeline.models.graph import Graph
-from pipeline.pruning.masks import save_masks
+from pipeline.pruning.masks import masked, save_masks
 from pipeline.pruning.sparsity import fits, kept_fraction, weight_masks
 from pipeline.run import Run
 from pipeline.saliency.criteria import Rule
@@ -139,13 +138,3 @@ def _why_whole(
     if scope == "row" and not structured and int(fraction * row_length) == 0:
         return f"{float(fraction):g} of the {row_length} weights of an output is less than one"
     return f"no {', '.join(missing)} is recorded of it" if missing else ""
-
-
-@torch.no_grad()
-def masked(network: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
-    """A copy with zeros where a mask is False, a tied weight under all its names."""
-    network = copy.deepcopy(network)
-    for name, parameter in network.named_parameters():
-        if name in masks:
-            parameter.masked_fill_(~masks[name].to(parameter.device), 0)
-    return network

@@ -9,8 +9,9 @@ from torch import nn
 
 from pipeline.config import MasksConfig
 from pipeline.models.graph import Contraction, Graph
+from pipeline.pruning.masks import masked
 from pipeline.saliency.criteria import rule
-from pipeline.stages.masking import _maskable, masked
+from pipeline.stages.masking import _maskable
 
 
 class Tied(nn.Module):
