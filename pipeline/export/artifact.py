@@ -29,7 +29,8 @@ from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
 
 from pipeline import artifacts
-from pipeline.export import card, standalone
+from pipeline.export import card
+from pipeline.models import standalone
 from pipeline.pruning.plan import Plan
 from pipeline.pruning.surgery import named_tensors
 from pipeline.pruning.verify import CutMismatch, verify

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -48,7 +48,7 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """Input of a contraction module (convolution, linear) that *ends* the channels: where removal takes effect."""
+    """Input of a contraction (convolution, linear, matmul) that *ends* the channels: where removal takes effect."""
 
     module: str
     """Qualified module name; its first positional input carries the channels."""
@@ -56,6 +56,9 @@ class Site:
     """Channel axis of that input: 1 for a convolution, -1 for a linear layer."""
     index_CK: Tensor
     """int64 [C, K]: positions of channel c along that axis."""
+    call: tuple[int, int] | None = None
+    """Where the module multiplies with a weight by itself, `x @ self.weight`: the how-many-eth torch function it calls, and
+    the how-many-eth tensor argument of that carries the channels, instead of the module's input."""
 
     def __post_init__(self) -> None:
         _check_index(self.index_CK, f"consumer {self.module}")
@@ -63,10 +66,11 @@ class Site:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Site):
             return NotImplemented
-        return (self.module, self.axis) == (other.module, other.axis) and torch.equal(self.index_CK, other.index_CK)
+        same = (self.module, self.axis, self.call) == (other.module, other.axis, other.call)
+        return same and torch.equal(self.index_CK, other.index_CK)
 
     def __hash__(self) -> int:
-        return hash((self.module, self.axis))
+        return hash((self.module, self.axis, self.call))
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,6 +104,55 @@ class Frozen:
 
 
 @dataclass(frozen=True, slots=True)
+class Size:
+    """A number that the code of a module states about channels; a cut brings it up to date."""
+
+    module: str
+    attribute: str
+    """Name of the module's attribute that holds it; empty: it is an expression in the source."""
+    element: int | None
+    """Position, where the attribute is a list."""
+    functions: tuple[str, ...]
+    """The module's method that holds the expression, or from which these functions lead to it."""
+    line: int
+    """Of the expression, counted from the first line of its function."""
+    column: int
+    text: str
+    """The expression as it stands, "C // self.num_heads"."""
+    channels: dict[str, tuple[int, ...]]
+    """Group -> channel of each position that is counted."""
+    fixed: int
+    """Positions that belong to no group."""
+    negative: bool = False
+    """It states minus the number."""
+
+    def value(self, kept: Mapping[str, Collection[int]]) -> int:
+        """What it has to state when these channels of each group are kept; groups that are not named stay whole."""
+        counted = self.fixed
+        for name, channels in self.channels.items():
+            stays = kept.get(name)
+            counted += len(channels) if stays is None else sum(channel in stays for channel in channels)
+        return -counted if self.negative else counted
+
+    def without(self, groups: Collection[str]) -> Size:
+        """The same number when these groups always stay whole."""
+        stays = sum(len(channels) for name, channels in self.channels.items() if name in groups)
+        free = {name: channels for name, channels in self.channels.items() if name not in groups}
+        return replace(self, channels=free, fixed=self.fixed + stays)
+
+    def to_list(self) -> list[Any]:
+        channels = {name: _runs(list(positions)) for name, positions in self.channels.items()}
+        place = [self.module, self.attribute, self.element, list(self.functions), self.line, self.column, self.text]
+        return [*place, channels, self.fixed, self.negative]
+
+    @classmethod
+    def from_list(cls, values: list[Any]) -> Size:
+        module, attribute, element, functions, line, column, text, channels, fixed, negative = values
+        channels = {name: tuple(_flat(runs)) for name, runs in channels.items()}
+        return cls(module, attribute, element, tuple(functions), line, column, text, channels, fixed, negative)
+
+
+@dataclass(frozen=True, slots=True)
 class Contraction:
     """A weight that is multiplied: MACs of one input row = positions * numel(tensor)."""
 
@@ -119,6 +172,10 @@ class Graph:
     parameters: tuple[str, ...]
     """Names of the parameters that are counted; tied ones once."""
     input_shape: tuple[int, ...]
+    sizes: tuple[Size, ...] = ()
+    """What the code of the network states about channels and has to be brought up to date."""
+    heads: tuple[str, ...] = ()
+    """Modules in which channels that a view splits go by whole outer parts: attention."""
 
     def group(self, name: str) -> Group:
         for group in self.groups:
@@ -133,7 +190,8 @@ class Graph:
             self.group(name)
         kept = tuple(group for group in self.groups if group.name not in names)
         moved = tuple(names[group.name] for group in self.groups if group.name in names)
-        return Graph(kept, self.frozen + moved, self.contractions, self.shapes, self.parameters, self.input_shape)
+        sizes = tuple(size.without(names) for size in self.sizes)
+        return replace(self, groups=kept, frozen=self.frozen + moved, sizes=tuple(s for s in sizes if s.channels))
 
     def to_json(self) -> str:
         """Canonical text: sorted keys, no spaces; the same graph gives the same text in every process."""
@@ -144,6 +202,8 @@ class Graph:
             "shapes": {name: list(shape) for name, shape in self.shapes.items()},
             "parameters": list(self.parameters),
             "input_shape": list(self.input_shape),
+            "sizes": [size.to_list() for size in self.sizes],
+            "heads": list(self.heads),
         }
         return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
@@ -157,6 +217,8 @@ class Graph:
             shapes={name: tuple(shape) for name, shape in document["shapes"].items()},
             parameters=tuple(document["parameters"]),
             input_shape=tuple(document["input_shape"]),
+            sizes=tuple(Size.from_list(values) for values in document["sizes"]),
+            heads=tuple(document["heads"]),
         )
 
     def sha256(self) -> str:
@@ -181,8 +243,7 @@ def decode_index(encoded: Mapping[str, Any]) -> Tensor:
     """int64 [C, K] from `encode_index`."""
     size, width = encoded["shape"]
     runs = encoded["columns"] if "columns" in encoded else encoded["rows"]
-    flat = [start + step * i for start, step, count in runs for i in range(count)]
-    values = torch.tensor(flat, dtype=torch.int64)
+    values = torch.tensor(_flat(runs), dtype=torch.int64)
     return values.reshape(width, size).t().contiguous() if "columns" in encoded else values.reshape(size, width)
 
 
@@ -198,12 +259,16 @@ def _runs(values: list[int]) -> list[list[int]]:
     return runs
 
 
+def _flat(runs: list[list[int]]) -> list[int]:
+    return [start + step * i for start, step, count in runs for i in range(count)]
+
+
 def _encode_group(group: Group) -> dict[str, Any]:
     return {
         "name": group.name,
         "size": group.size,
         "members": [[m.tensor, m.dim, m.role, encode_index(m.index_CK)] for m in group.members],
-        "consumers": [[s.module, s.axis, encode_index(s.index_CK)] for s in group.consumers],
+        "consumers": [[s.module, s.axis, encode_index(s.index_CK), s.call] for s in group.consumers],
     }
 
 
@@ -212,7 +277,10 @@ def _decode_group(document: Mapping[str, Any]) -> Group:
         name=document["name"],
         size=document["size"],
         members=tuple(Member(name, dim, decode_index(index), role) for name, dim, role, index in document["members"]),
-        consumers=tuple(Site(module, axis, decode_index(index)) for module, axis, index in document["consumers"]),
+        consumers=tuple(
+            Site(module, axis, decode_index(index), tuple(call) if call else None)
+            for module, axis, index, call in document["consumers"]
+        ),
     )
 
 

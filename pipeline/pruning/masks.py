@@ -1,4 +1,4 @@
-"""Masks: True = keep, for channels and for weights; the masked reference network, and the bit-packed file.
+"""Masks: True = keep, for channels and for weights; a network with masked weights, and the bit-packed file.
 
 # C = channels of a group
 """
@@ -18,43 +18,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as dump_tensors
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _WeightNorm
 
 from pipeline import artifacts
 from pipeline.pruning.plan import Plan
-from pipeline.pruning.surgery import check_plan, named_tensors
 
 FORMAT = "masks/1"
-
-
-# --- the masked reference ---------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def mask(model: nn.Module, plan: Plan) -> nn.Module:
-    """Copy of `model`, all shapes as they are, in which the removed channels contribute nothing.
-
-    Every entry that a removed channel owns in a parameter becomes zero, the consumers' input entries among them:
-    whatever the removed channels still compute (a sigmoid makes 0.5 of 0), nothing reads it. Buffers stay; `.grad` is
-    None.
-
-    Raises:
-        PlanMismatch: the plan was made for another network.
-    """
-    check_plan(model, plan)
-    masked = copy.deepcopy(model)
-    directions = _weight_norm_directions(masked)
-    parameters = dict(masked.named_parameters(remove_duplicate=False))
-    for group in plan.groups:
-        removed = torch.tensor(group.removed, dtype=torch.int64)
-        for member in group.members if len(removed) else ():
-            parameter = parameters.get(member.tensor)
-            if parameter is not None and directions.get(member.tensor) != member.dim:
-                entries = member.index_CK[removed].reshape(-1).to(parameter.device)
-                parameter.index_fill_(member.dim, entries, 0)
-    for _, tensor in named_tensors(masked):
-        tensor.grad = None
-    return masked
 
 
 @torch.no_grad()
@@ -69,18 +37,6 @@ def masked(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
         if name in masks:
             parameter.masked_fill_(~masks[name].to(parameter.device), 0)
     return model
-
-
-def _weight_norm_directions(model: nn.Module) -> dict[str, int]:
-    """Names of weight_norm's direction tensors -> the dimension along which they are normalised.
-
-    There, a zeroed direction would be 0 / 0; the length alone says that nothing is left.
-    """
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, _WeightNorm):
-            found[f"{name.rpartition('.')[0]}.original1"] = module.dim
-    return found
 
 
 # --- masks as data ----------------------------------------------------------------------------------------------------

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from pipeline.models.costs import Costs, Measure, count
-from pipeline.models.graph import Graph, Member, decode_index, encode_index
+from pipeline.models.graph import Graph, Member, Size, decode_index, encode_index
 
-FORMAT = "plan/1"
+FORMAT = "plan/2"
 
 
 @dataclass(frozen=True)
@@ -105,6 +105,10 @@ class Plan:
     kept: Costs
     shapes: dict[str, tuple[int, ...]]
     """Dense shapes of the members' tensors: entries that no group owns stay, so their number must be known."""
+    sizes: tuple[Size, ...] = ()
+    """What the network's code states about channels and has to follow."""
+    heads: tuple[str, ...] = ()
+    """Modules whose channels go by whole heads, see `Graph.heads`."""
 
     def __post_init__(self) -> None:
         names = [group.name for group in self.groups]
@@ -137,6 +141,9 @@ class Plan:
             raise ValueError(
                 f"{where} has {shape[member.dim]} entries in dimension {member.dim}, the plan names {low} to {high}."
             )
+
+    def kept_by_group(self) -> dict[str, frozenset[int]]:
+        return {group.name: frozenset(group.kept) for group in self.groups}
 
     def slices(self) -> dict[str, dict[int, Tensor]]:
         """tensor -> dimension -> entries that stay (ascending int64); only dimensions that lose something."""
@@ -171,8 +178,8 @@ class Plan:
         return lines
 
     def sha256(self) -> str:
-        """Of what is kept of what: groups, members, shapes. How it came about does not enter."""
-        text = "\n".join([_compact(_shapes(self.shapes)), *_group_lines(self.groups)])
+        """Of what is kept of what: groups, members, shapes, sizes. How it came about does not enter."""
+        text = "\n".join([_compact(_shapes(self.shapes)), *_group_lines(self.groups), *_size_lines(self.sizes)])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> str:
@@ -186,9 +193,11 @@ class Plan:
             "scope": self.scope,
             "dense": asdict(self.dense),
             "kept": asdict(self.kept),
+            "heads": list(self.heads),
         }
         lines = [f"{_compact(key)}: {_compact(value)}," for key, value in head.items()]
         lines += ['"groups": [', ",\n".join(_group_lines(self.groups)), "],"]
+        lines += ['"sizes": [', ",\n".join(_size_lines(self.sizes)), "],"]
         lines += [f'"shapes": {_compact(_shapes(self.shapes))}']
         return "\n".join(["{", *lines, "}", ""])
 
@@ -225,6 +234,8 @@ def planned(
         dense=count(graph, {}),
         kept=count(graph, {name: torch.tensor(channels, dtype=torch.int64) for name, channels in chosen.items()}),
         shapes={name: tuple(graph.shapes[name]) for name in tensors},
+        sizes=graph.sizes,
+        heads=graph.heads,
     )
 
 
@@ -271,6 +282,10 @@ def _group_lines(groups: Iterable[PlannedGroup]) -> Iterator[str]:
         yield f'{head},"members":{_compact(members)}}}'
 
 
+def _size_lines(sizes: Iterable[Size]) -> Iterator[str]:
+    return (_compact(size.to_list()) for size in sizes)
+
+
 def _decode(text: str) -> Plan:
     try:
         document = json.loads(text)
@@ -292,6 +307,8 @@ def _decode(text: str) -> Plan:
         dense=_decode_costs(document, "dense"),
         kept=_decode_costs(document, "kept"),
         shapes=shapes,
+        sizes=tuple(_decode_size(size, f"plan.sizes[{i}]") for i, size in enumerate(_field(document, "sizes", list, "plan"))),
+        heads=tuple(_field(document, "heads", list, "plan")),
     )
     if plan.sha256() != _field(document, "sha256", str, "plan"):
         raise ValueError(
@@ -324,6 +341,13 @@ def _decode_member(document: Any, where: str) -> Member:
         return Member(tensor, _integer(dim, f"{where} dimension"), decode_index(index), role)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{where} ({tensor}): {error}") from error
+
+
+def _decode_size(document: Any, where: str) -> Size:
+    try:
+        return Size.from_list(document)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{where} is {document!r:.60}: {error}") from error
 
 
 def _decode_budget(document: dict[str, Any]) -> dict[str, float]:

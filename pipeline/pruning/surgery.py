@@ -8,7 +8,7 @@ in `ATTRIBUTES`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from pipeline.models import standalone
+from pipeline.models.graph import Size
 from pipeline.pruning.plan import Plan
 
 Slices = Mapping[str, Mapping[int, Tensor]]
@@ -99,10 +101,6 @@ ATTRIBUTES: dict[str, tuple[Rule, ...]] = {
     "torch.nn.modules.normalization.RMSNorm": (Shape("normalized_shape", _WEIGHT),),
     "torch.nn.modules.activation.PReLU": (Follows("num_parameters", _WEIGHT, 0),),
     "timm.layers.norm.RmsNorm": (Shape("normalized_shape", _WEIGHT),),
-    "timm.layers.attention.Attention": (
-        Follows("num_heads", ("proj.weight",), 1),
-        Follows("attn_dim", ("proj.weight",), 1),
-    ),
 }
 """Qualified class name -> what follows the shapes of its tensors. The most specific class of a module decides.
 
@@ -132,7 +130,10 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
         PlanMismatch: the plan names tensors that the model lacks, or entries that they do not have.
     """
     check_plan(model, plan)
-    return cut_slices(model, plan.slices())
+    small = cut_slices(model, plan.slices())
+    kept = plan.kept_by_group()
+    update_sizes_(model, small, [(size, size.value(kept)) for size in plan.sizes])
+    return small
 
 
 def cut_slices(model: nn.Module, slices: Slices) -> nn.Module:
@@ -280,6 +281,25 @@ def _blocks(module: str, attribute: str, old: int, entries: Tensor | None, size:
             "them. Blocks go whole, or lose the same number each. Freeze this group with Graph.without."
         )
     return len(remaining)
+
+
+def update_sizes_(dense: nn.Module, small: nn.Module, sizes: Iterable[tuple[Size, int]]) -> None:
+    """Let the code of `small` state these numbers: in attributes, or in copies of the methods that state them."""
+    edits: dict[str, list[standalone.Edit]] = {}
+    for size, value in sizes:
+        module = small.get_submodule(size.module)
+        if not size.attribute:
+            edits.setdefault(size.module, []).append([list(size.functions), size.line, size.column, size.text, value])
+        elif size.element is None:
+            setattr(module, size.attribute, value)
+        else:
+            numbers = getattr(module, size.attribute)
+            changed = [*numbers[: size.element], value, *numbers[size.element + 1 :]]
+            setattr(module, size.attribute, type(numbers)(changed))
+    for path, own in edits.items():
+        module, places = small.get_submodule(path), [edit[:4] for edit in own]
+        earlier = [edit for edit in standalone.edits_of(dense.get_submodule(path)) if [*edit[:4]] not in places]
+        standalone.rewrite_(module, [*earlier, *own])
 
 
 def _update_head(dense: nn.Module, small: nn.Module) -> None:

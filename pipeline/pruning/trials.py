@@ -14,25 +14,30 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pipeline.models.graph import Frozen, Graph, Group
-from pipeline.models.trace import propagate
-from pipeline.pruning.masks import mask
+from pipeline.models.costs import count
+from pipeline.models.graph import Frozen, Graph, Group, Size
+from pipeline.models.standalone import open_attention_, original_class
+from pipeline.models.trace import Deadline, propagate
+from pipeline.pruning.reference import Masked, mask
 from pipeline.pruning.plan import Plan, planned
 from pipeline.pruning.surgery import cut
 from pipeline.pruning.verify import CutMismatch, compare, output_tensors
 
 MIN_REMOVED, MAX_REMOVED = 0.05, 0.8
 """Range of the fraction of channels that a group loses in a trial."""
+MANY_MACS = 10**9
+"""From here on trials run two rows instead of three."""
 OPERATION = "trial cut"
 """`Frozen.operation` of what trials have frozen."""
 
@@ -40,36 +45,81 @@ Kept = Mapping[str, tuple[int, ...]]
 
 
 def trace(
-    model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, seed: int = 0, num_trials: int = 3
+    model: nn.Module,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    *,
+    seed: int = 0,
+    num_trials: int = 3,
+    time_limit_s: float = 1200,
 ) -> Graph:
-    """Channel groups of `model`: label propagation, then trial cuts. The model stays as it is.
+    """Channel groups of `model`: label propagation, then trial cuts. The model computes what it did before; its modules of
+    class nn.MultiheadAttention get one that does not tie the heads to the embedding (`models.standalone`).
 
     Args:
         example_inputs: one batch that the network accepts, float [N, C, H, W] for images; its size decides the MACs.
         seed: of the trials' weights, inputs and subsets.
         num_trials: trials in a row that have to pass.
+        time_limit_s: for all of it; on one thread ResNet-152 takes about 15 s at 224 px.
 
     Raises:
         ValueError: the network does not run on `example_inputs`.
+        TraceTimeout: it was not done in time.
     """
-    return try_cuts(model, propagate(model, example_inputs), example_inputs, seed=seed, num_trials=num_trials)
+    deadline = Deadline.after(time_limit_s)
+    graph = propagate(open_attention_(model), example_inputs, deadline=deadline)
+    return try_cuts(model, graph, example_inputs, seed=seed, num_trials=num_trials, deadline=deadline)
 
 
 def try_cuts(
-    model: nn.Module, graph: Graph, example_inputs: Tensor | tuple[Tensor, ...], *, seed: int = 0, num_trials: int = 3
+    model: nn.Module,
+    graph: Graph,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    *,
+    seed: int = 0,
+    num_trials: int = 3,
+    deadline: Deadline | None = None,
 ) -> Graph:
-    """`graph` without the groups that trial cuts find guilty; they stand among the frozen, with what went wrong."""
+    """`graph` without the groups that trial cuts find guilty, which stand among the frozen with what went wrong, and with
+    those sizes alone that have to be brought up to date."""
     if num_trials < 1:
         raise ValueError(f"num_trials ({num_trials}) must be at least 1: a graph that was never tried is a guess.")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     bench: Bench | None = None
     passed, trial = 0, 0
+    candidates, graph = graph.sizes, replace(graph, sizes=())
     while passed < num_trials and any(group.size > 1 for group in graph.groups):
-        bench = bench or Bench(model, inputs, seed)
-        guilty = _guilty(bench, graph, random_subsets(graph, seed=seed, trial=trial))
-        graph = graph.without(guilty)
-        passed, trial = (0 if guilty else passed + 1), trial + 1
+        bench = bench or Bench(model, inputs, seed, macs=count(graph, {}).macs, deadline=deadline)
+        kept = random_subsets(graph, seed=seed, trial=trial)
+        failure = bench.attempt(planned(graph, kept))
+        if failure is None:
+            passed, trial = passed + 1, trial + 1
+            continue
+        passed = 0
+        more = needed(model, failure, [size for size in candidates if size not in graph.sizes])
+        if more:
+            graph = replace(graph, sizes=(*graph.sizes, *more))
+            continue
+        guilty = _guilty(bench, graph, kept)
+        candidates = tuple(c for c in (size.without(guilty) for size in candidates) if c.channels)
+        graph, trial = replace(graph.without(guilty), sizes=()), trial + 1
     return graph
+
+
+def needed(model: nn.Module, failure: Failure, sizes: Sequence[Size]) -> list[Size]:
+    """Sizes to bring up to date after a failure: those that the call stated which stopped, in all modules that run the same
+    code; else those in its function, from the innermost outwards; else all."""
+    classes = {path: original_class(module) for path, module in model.named_modules()}
+    for whole_function in (False, True):
+        for frame in failure.frames:
+            found = [
+                size
+                for size in sizes
+                if (classes[size.module], size.functions[-1]) == (frame.owner, frame.function)
+                and (whole_function or frame.first_line <= size.line <= frame.last_line)
+            ]
+            if found:
+                return found
+    return list(sizes)
 
 
 def random_subsets(graph: Graph, *, seed: int, trial: int = 0) -> dict[str, tuple[int, ...]]:
@@ -137,6 +187,19 @@ class Failure:
     error: str
     where: str
     """ "module path (file.py:line)"; empty if it is not known."""
+    frames: tuple[StackFrame, ...] = ()
+    """Where the network stopped, innermost first."""
+
+
+@dataclass(frozen=True, slots=True)
+class StackFrame:
+    """A function of the network that was running, and the lines of the call that stopped, from the function's first."""
+
+    owner: type | None
+    """Class of the module whose method, or helper of one, it is."""
+    function: str
+    first_line: int
+    last_line: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,9 +222,18 @@ _SETTINGS = (
 class Bench:
     """A copy of the network with random weights, and random inputs: where trial cuts are run."""
 
-    def __init__(self, model: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: tuple[Tensor, ...],
+        seed: int,
+        *,
+        macs: int = 0,
+        deadline: Deadline | None = None,
+    ) -> None:
         problems: list[str] = []
-        for setting in _SETTINGS:
+        self.deadline = deadline
+        for setting in _SETTINGS if macs <= MANY_MACS else [replace(s, num_rows=s.num_rows and 2) for s in _SETTINGS]:
             self.seed, self.tolerance = seed, setting.tolerance
             generator = torch.Generator().manual_seed(seed)
             self.inputs = tuple(_random_input(tensor, setting, generator) for tensor in inputs)
@@ -184,6 +256,8 @@ class Bench:
 
     def attempt(self, plan: Plan, *, explain: bool = False) -> Failure | None:
         """Cut, run, compare with the masked network. None if they agree."""
+        if self.deadline:
+            self.deadline.check("trying cuts")
         try:
             small = cut(self.model, plan)
         except ValueError as error:
@@ -193,7 +267,8 @@ class Bench:
             try:
                 ours = self._run(small)
             except Exception as error:
-                return Failure(f"the cut network stops with {_first_line(error)}", _place(stack, error))
+                frames = tuple(_stack_frames(error))
+                return Failure(f"the cut network stops with {_first_line(error)}", _place(stack, error), frames)
         masked = mask(self.model, plan)
         try:
             difference = compare(ours, self._run(masked), rows=1)
@@ -236,7 +311,8 @@ class Bench:
 
             return hook
 
-        handles = [module.register_forward_hook(keep(name)) for name, module in model.named_modules() if name]
+        network = model.model if isinstance(model, Masked) else model
+        handles = [module.register_forward_hook(keep(name)) for name, module in network.named_modules() if name]
         try:
             self._run(model)
         finally:
@@ -326,9 +402,22 @@ def _module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
             handle.remove()
 
 
+def _stack_frames(error: Exception) -> Iterator[StackFrame]:
+    """Functions of modules, and helpers that they call, innermost first."""
+    found: list[StackFrame] = []
+    owner: type | None = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        module = frame.f_locals.get("self")
+        owner = original_class(module) if isinstance(module, nn.Module) else owner
+        start, end, *_ = list(frame.f_code.co_positions())[frame.f_lasti // 2]
+        first = frame.f_code.co_firstlineno
+        found.append(StackFrame(owner, frame.f_code.co_name, (start or line) - first, (end or line) - first))
+    return reversed(found)
+
+
 def _place(stack: list[str], error: Exception) -> str:
     """ "layer1.0 (resnet.py:244)": the innermost module, and the last line outside torch itself."""
-    library = str(Path(torch.__file__).parent)
+    library = f"{Path(torch.__file__).parent}{os.sep}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(library)]
     frames = [f for f in frames if f.filename != __file__]
     line = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""

@@ -10,7 +10,7 @@ from torch import Tensor
 from pipeline import artifacts
 from pipeline.data.batches import unit_batches
 from pipeline.data.units import Units
-from pipeline.pruning.masks import mask
+from pipeline.pruning.reference import mask
 from pipeline.pruning.surgery import cut
 from pipeline.pruning.verify import verify
 from pipeline.run import Run

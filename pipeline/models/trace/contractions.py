@@ -33,7 +33,10 @@ def convolution(trace: Trace, call: Call) -> None:
     label, weights = trace.label(x), trace.label(weight)
     axes = {0: label.axes[0]} if label and 0 in label.axes else {}
     for axis, ids in label.axes.items() if label else ():
-        if axis >= 2 or x.dim() != weight.dim():
+        if axis >= 2 and x.dim() == weight.dim() == out.dim() and _slides(call, axis - 2) and out.shape[axis] == len(ids):
+            axes[axis] = ids  # as over a sequence: each result reads its neighbours among the channels that are there
+            trace.mix()
+        elif axis >= 2 or x.dim() != weight.dim():
             trace.freeze(ids, call, "a window slides over the channels")
     made = weights.axes.get(1 if transposed else 0) if weights else None
     if groups > 1:
@@ -43,6 +46,11 @@ def convolution(trace: Trace, call: Call) -> None:
     axes |= _made(trace, call, weight, made, call.get("bias"), 1)
     if label or weights:
         trace.put(out, Label(axes, weights.note if weights else None))
+
+
+def _slides(call: Call, axis: int) -> bool:
+    stride = call.get("stride", 1)
+    return bool((stride if isinstance(stride, int) else [*stride][axis if len(stride) > 1 else 0]) == 1)
 
 
 def _conv_macs(x: Tensor, weight: Tensor, out: Tensor, transposed: bool) -> int:
@@ -75,40 +83,63 @@ def _by_groups(
     return made
 
 
-@rule("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", kind="contract")
+@rule("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", kind="contract")
 def matrix_product(trace: Trace, call: Call) -> None:
     """a [..., M, K] times b [..., K, N]; whichever of them is a parameter is the weight."""
-    name = call.name.removeprefix("aten::")
-    if name == "linear":
-        a, b, bias, b_in, b_out = call["input"], call["weight"], call["bias"], 1, 0
-    else:
-        a, b = (call["mat1"], call["mat2"]) if name == "addmm" else (call["self"], call["mat2"])
-        bias, b_in, b_out = (call["self"] if name == "addmm" else None), b.dim() - 2, b.dim() - 1
+    a, b, bias, b_in, b_out = _factors(call)
     out, a_in = call.outputs[0], a.dim() - 1
     left, right = trace.label(a), trace.label(b)
     if left is None and right is None:
         return
-    weight_is_left = right is None or (right.source is None and left is not None and left.source is not None)
-    macs = out.numel() * a.shape[-1]
-    _multiplied(trace, call, a if weight_is_left else b, macs)
-    if weight_is_left:
-        _ends(trace, call, b, b_in, a, a_in)
-    else:
-        _ends(trace, call, a, a_in, b, b_in)
     axes = {axis: ids for axis, ids in left.axes.items() if axis != a_in} if left else {}
-    if name == "bmm":
+    if b.dim() == 3:
         batch = trace.join_along(call, [(a, 0), (b, 0)])
+        axes.pop(0, None)
         axes |= {0: batch} if batch is not None else {}
     made = right.axes.get(b_out) if right else None
+    computed = [label.note for label in (left, right) if label and label.source is None]
+    note = next((note for note in computed if note), None)
+    if left is not None and right is not None and left.source is None and right.source is None:
+        _meet(trace, call, (a, a_in), (b, b_in))
+        axes |= {out.dim() - 1: made} if made is not None else {}
+        trace.put(out, Label(axes, note))
+        return
+    weight_is_left = right is None or (right.source is None and left is not None and left.source is not None)
+    _multiplied(trace, call, a if weight_is_left else b, out.numel() * a.shape[-1])
     if weight_is_left:
-        axes |= _made(
-            trace, call, a, axes.get(a_in - 1), bias if bias is not None and bias.dim() > 1 else None, a_in - 1
-        )
+        _ends(trace, call, b, b_in, a, a_in)
+        vertical = bias if bias is not None and bias.dim() > 1 else None
+        axes |= _made(trace, call, a, axes.get(a_in - 1), vertical, a_in - 1)
         axes |= {out.dim() - 1: made} if made is not None else {}
     else:
+        _ends(trace, call, a, a_in, b, b_in)
         axes |= _made(trace, call, b, made, bias, out.dim() - 1)
-    computed = [label.note for label in (left, right) if label and label.source is None]
-    trace.put(out, Label(axes, next((note for note in computed if note), None)))
+    trace.put(out, Label(axes, note))
+
+
+def _factors(call: Call) -> tuple[Tensor, Tensor, Tensor | None, int, int]:
+    """a, b, what is added, and the axes of b that are read and written."""
+    match call.name.removeprefix("aten::"):
+        case "linear":
+            return call["input"], call["weight"], call["bias"], 1, 0
+        case "addmm":
+            return call["mat1"], call["mat2"], call["self"], 0, 1
+        case "baddbmm":
+            return call["batch1"], call["batch2"], call["self"], 1, 2
+        case _:
+            return call["self"], call["mat2"], None, call["mat2"].dim() - 2, call["mat2"].dim() - 1
+
+
+def _meet(trace: Trace, call: Call, *places: tuple[Tensor, int]) -> None:
+    """Computed values are multiplied with computed values: channels that are summed over go with those they meet."""
+    labels = [(trace.label(tensor), axis) for tensor, axis in places]
+    known = [label.axes[axis] for label, axis in labels if label and axis in label.axes]
+    if known:
+        trace.meet()
+    if len(known) == 2:
+        trace.unite(*known, call)
+    for ids in known if len(known) == 1 else ():
+        trace.freeze(ids, call, "the channels are multiplied with computed values that are no channels")
 
 
 @rule("aten::embedding", kind="contract")

@@ -6,17 +6,24 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from pipeline.models.graph import Contraction, Frozen, Graph, Group, Member, Site
+from pipeline.models.graph import Contraction, Frozen, Graph, Group, Member, Site, Size
 from pipeline.models.trace.labels import Ids, Reason, Slots
+from pipeline.models.trace.sizes import Stated
+
+if TYPE_CHECKING:
+    from pipeline.models.trace.tracer import Trace
 
 Dimension = tuple[str, int]
+SiteKey = tuple[str, int, tuple[int, int] | None]
+"""(module, axis, call), see `models.graph.Site`."""
 NO_READER = "no convolution or linear layer reads these channels"
 NO_WRITER = "no convolution or linear layer writes these channels"
 
@@ -36,26 +43,20 @@ class _Set:
         return torch.tensor([self.entries[one][dimension] for one in classes], dtype=torch.int64)
 
 
-def graph_of(
-    model: nn.Module,
-    slots: Slots,
-    sites: Mapping[tuple[str, int], Ids],
-    macs: Mapping[str, int],
-    refused: Reason | None,
-    input_shape: tuple[int, ...],
-) -> Graph:
-    """The Graph of a finished trace. `macs` are those of the whole batch of input_shape[0] rows."""
-    reasons = slots.reasons()
-    positions = _positions_by_class(slots, sites)
+def graph_of(model: nn.Module, trace: Trace, input_shape: tuple[int, ...]) -> Graph:
+    """The Graph of a finished trace of a batch of input_shape[0] rows."""
+    slots, reasons = trace.slots, trace.slots.reasons()
+    positions = _positions_by_class(slots, trace.sites)
     groups: list[Group] = []
     frozen: list[Frozen] = []
     taken: dict[str, int] = {}
+    channel_of: dict[int, tuple[str, int]] = {}
     for found in _sets(slots):
         name = _name(found, slots, taken)
         stays: dict[Reason, list[int]] = defaultdict(list)
         free = []
         for one in found.classes:
-            reason = reasons.get(one, refused)
+            reason = reasons.get(one, trace.refused)
             if reason is None:
                 free.append(one)
             else:
@@ -65,13 +66,14 @@ def graph_of(
             stays[group] += free
         elif group is not None:
             groups.append(group)
+            channel_of |= {one: (name, channel) for channel, one in enumerate(free)}
         frozen += [Frozen(name, len(c), reason.operation, reason.where, reason.text) for reason, c in stays.items()]
     frozen += _unused(model, slots)
     shapes = {name: tuple(t.shape) for name, t in model.named_parameters(remove_duplicate=False)}
     shapes |= {name: tuple(t.shape) for name, t in model.named_buffers(remove_duplicate=False)}
     rows = input_shape[0]
     contractions = [
-        Contraction(weight, -(-count // (int(np.prod(shapes[weight])) * rows))) for weight, count in macs.items()
+        Contraction(weight, -(-count // (int(np.prod(shapes[weight])) * rows))) for weight, count in trace.macs.items()
     ]
     return Graph(
         groups=tuple(groups),
@@ -80,7 +82,51 @@ def graph_of(
         shapes=shapes,
         parameters=tuple(name for name, _ in model.named_parameters()),
         input_shape=input_shape,
+        sizes=_sizes(slots, trace.stated, channel_of),
+        heads=tuple(sorted(trace.attention)),
     )
+
+
+def _sizes(slots: Slots, stated: Sequence[Stated], channel_of: Mapping[int, tuple[str, int]]) -> tuple[Size, ...]:
+    """What the code states about channels that can be cut; what one place states about several kinds of them cannot follow.
+
+    An attribute that is read with several meanings stays: each place that reads it states its own number.
+    """
+    places: dict[tuple[Any, ...], set[tuple[Any, ...]]] = defaultdict(set)
+    attributes: dict[tuple[str, str, int | None], set[tuple[Any, ...]]] = defaultdict(set)
+    by_ids: dict[tuple[int, ...], tuple[dict[str, tuple[int, ...]], int]] = {}
+    for one in stated:
+        if one.ids not in by_ids:
+            by_ids[one.ids] = _counted(slots, one.ids, channel_of)
+        channels, fixed = by_ids[one.ids]
+        meaning = (tuple(channels.items()), fixed, one.negative)
+        attributes[one.module, one.attribute, one.element].add(meaning)
+        places[one.module, one.functions, one.line, one.column, one.text, one.attribute, one.element].add(meaning)
+    found: dict[tuple[Any, ...], Size] = {}
+    for (module, functions, line, column, text, attribute, element), meanings in places.items():
+        if len(meanings) > 1:
+            continue
+        ((channels, fixed, negative),) = meanings
+        if not channels:
+            continue
+        own = attribute if len(attributes[module, attribute, element]) == 1 else ""
+        if element is not None and not own:
+            continue
+        size = Size(module, own, element, functions, line, column, text, dict(channels), fixed, negative)
+        found[(module, own, element) if own else (module, functions, line, column, text)] = size
+    return tuple(found.values())
+
+
+def _counted(
+    slots: Slots, ids: tuple[int, ...], channel_of: Mapping[int, tuple[str, int]]
+) -> tuple[dict[str, tuple[int, ...]], int]:
+    """Group -> channel of each of these positions, and how many belong to none."""
+    channels: dict[str, list[int]] = defaultdict(list)
+    for one in slots.find(np.array(ids)).tolist():
+        if one in channel_of:
+            name, channel = channel_of[one]
+            channels[name].append(channel)
+    return {name: tuple(found) for name, found in channels.items()}, len(ids) - sum(map(len, channels.values()))
 
 
 def _sets(slots: Slots) -> list[_Set]:
@@ -114,10 +160,10 @@ def _name(found: _Set, slots: Slots, taken: dict[str, int]) -> str:
 
 
 def _positions_by_class(
-    slots: Slots, sites: Mapping[tuple[str, int], Ids]
-) -> dict[tuple[str, int], dict[int, list[int]]]:
+    slots: Slots, sites: Mapping[SiteKey, Ids]
+) -> dict[SiteKey, dict[int, list[int]]]:
     """Site -> class -> positions along the site's axis."""
-    result: dict[tuple[str, int], dict[int, list[int]]] = {}
+    result: dict[SiteKey, dict[int, list[int]]] = {}
     for site, ids in sites.items():
         found: dict[int, list[int]] = defaultdict(list)
         for position, one in enumerate(slots.find(ids).tolist()):
@@ -132,18 +178,18 @@ def _group(
     found: _Set,
     classes: list[int],
     slots: Slots,
-    positions: Mapping[tuple[str, int], Mapping[int, list[int]]],
+    positions: Mapping[SiteKey, Mapping[int, list[int]]],
 ) -> Group | Reason:
     """The group of these classes, or why they are none."""
     roles = [slots.roles.get(dimension, "affine") for dimension in found.dimensions]
     consumers = []
-    for (module, axis), by_class in positions.items():
+    for (module, axis, call), by_class in positions.items():
         if by_class.keys().isdisjoint(classes):
             continue
         rows = [by_class.get(one, []) for one in classes]
         if len({len(row) for row in rows}) > 1:
             return Reason("layout", module, "the channels do not own equally many entries of the layer's input")
-        consumers.append(Site(module, axis, torch.tensor(rows, dtype=torch.int64)))
+        consumers.append(Site(module, axis, torch.tensor(rows, dtype=torch.int64), call))
     if "out" not in roles or not consumers:
         return Reason("no contraction", name, NO_READER if "out" in roles else NO_WRITER)
     members = [

@@ -68,6 +68,15 @@ class Slots:
             self.dimensions.append(key)
         return self._first[key]
 
+    @property
+    def count(self) -> int:
+        """All slots that there are, with slot 0."""
+        return self._next
+
+    def sizes(self) -> Iterator[tuple[tuple[str, int], int]]:
+        """(tensor, dim) and its number of slots, in the order of their ids."""
+        return ((key, len(self._first[key])) for key in self.dimensions)
+
     def owner(self, ids: Ids) -> tuple[str, int] | None:
         """The dimension that the first real slot of `ids` stands for."""
         real = ids[ids > 0]
@@ -78,6 +87,11 @@ class Slots:
         key = self.owner(ids)
         if key is not None and (role == "out" or key not in self.roles):
             self.roles[key] = role
+
+    def role(self, ids: Ids) -> str | None:
+        """What contractions do with the dimension that the first real slot stands for."""
+        key = self.owner(ids)
+        return self.roles.get(key) if key is not None else None
 
     def find(self, ids: Ids) -> Ids:
         """The class of each slot: its smallest member."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -10,6 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.models.trace.labels import Ids, Label, core
+from pipeline.models.trace.sizes import sliced_axes
 from pipeline.models.trace.table import Call, rule
 
 if TYPE_CHECKING:
@@ -135,30 +137,86 @@ def pad(trace: Trace, call: Call) -> None:
     trace.put(call.outputs[0], Label(axes, label.note))
 
 
-@rule("aten::slice", "aten::select", "aten::unbind", "aten::split_with_sizes", kind="move")
-def part(trace: Trace, call: Call) -> None:
-    """Parts along an axis without channels; along the channels positions are literal, so all of them stay."""
+@rule("aten::select", "aten::unbind", "aten::diagonal", kind="move")
+def part(trace: Trace, call: Call, text: str = "channels are taken by their position, which is a number in the code") -> None:
+    """Parts along an axis without channels; channels that are taken by their position stay, all of them."""
     label = trace.label(call["self"])
     if label is None:
         return
-    dim = call["dim"] % call["self"].dim()
-    if dim in label.axes and call.outputs[0].shape != call["self"].shape:
-        trace.freeze(label.axes[dim], call, "channels are taken by their position, which is a number in the code")
+    for name in ("dim", "dim1", "dim2"):
+        dim = call.get(name)
+        if dim is not None and dim % call["self"].dim() in label.axes and call.outputs[0].shape != call["self"].shape:
+            trace.freeze(label.axes[dim % call["self"].dim()], call, text)
     trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
 
 
-@rule("aten::split", kind="tie")
+@rule("aten::slice", kind="move")
+def slice_(trace: Trace, call: Call) -> None:
+    """Exact, where the source says where the slice begins and ends: surgery can change that."""
+    label = trace.label(call["self"])
+    ids = label.axes.get(call["dim"] % call["self"].dim()) if label else None
+    if ids is None or call["step"] == 1 and states_slice(trace, ids, call["start"] or 0, call["end"]):
+        trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
+    else:
+        part(trace, call)
+
+
+def states_slice(trace: Trace, ids: Ids, start: int, end: int | None) -> bool:
+    """Can the bounds of a slice of these channels be found in the source?"""
+    end = len(ids) if end is None else min(end, len(ids))
+    if (start, end) == (0, len(ids)):
+        return True
+    python = trace.python
+    if python is None or python.name != "__getitem__":
+        return False
+    for axis, position, given in sliced_axes(python.args[0], python.args[1]):
+        label = trace.label(python.args[0])
+        there = label.axes.get(axis) if label else None
+        if there is not None and np.array_equal(there, ids) and given.indices(len(ids)) == (start, end, 1):
+            sides = [side for side, bound in (("lower", given.start), ("upper", given.stop)) if bound is not None]
+            return all(python.resolves(trace, (position, side)) for side in sides)
+    return False
+
+
+@rule("aten::split", "aten::split_with_sizes", kind="tie")
 def split(trace: Trace, call: Call) -> None:
-    """`chunk` follows the size of its input, so the same offset goes in each part; `split` states sizes in the code."""
+    """Equal parts (`chunk`, or one size for all) lose the same offset in each; parts whose sizes the source lists are exact."""
     label = trace.label(call["self"])
     ids = None if label is None else label.axes.get(call["dim"] % call["self"].dim())
-    if ids is None or trace.python_name != "chunk" or len(ids) % len(call.outputs):
-        part(trace, call)
+    python, parts = trace.python, call.outputs
+    if ids is None or python is None or len(parts) == 1:
+        trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
         return
-    rows = ids.reshape(len(call.outputs), -1)
-    for row in rows[1:]:
-        trace.unite(rows[0], row, call)
-    trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
+    listed = call.name.endswith("with_sizes")
+    if listed and python.name == "split" and all(python.resolves(trace, (1, i)) for i in range(len(parts))):
+        trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
+    elif not listed and len(ids) % len(parts) == 0 and (python.name == "chunk" or python.resolves(trace, (1,))):
+        rows = ids.reshape(len(parts), -1)
+        for row in rows[1:]:
+            trace.unite(rows[0], row, call)
+        trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
+    else:
+        part(trace, call)
+
+
+@rule("aten::index", "aten::index_select", "aten::gather", kind="move")
+def picked(trace: Trace, call: Call) -> None:
+    """Positions along one or more axes are picked by index tensors; channels among them stay, others pass."""
+    label = trace.label(call["self"])
+    indices = call.get("indices") or {call["dim"] % call["self"].dim(): call["index"]}
+    chosen = dict(indices if isinstance(indices, dict) else enumerate(indices))
+    chosen = {axis: index for axis, index in chosen.items() if index is not None}
+    if any(not index.dtype.is_signed or index.dtype.is_floating_point for index in chosen.values()):
+        barrier(trace, call, "values are chosen by a mask")
+        return
+    for index in chosen.values():
+        for ids in (trace.label(index) or Label()).axes.values():
+            trace.freeze(ids, call, "positions are read from these values")
+    if label is not None:
+        for axis in chosen:
+            if axis in label.axes:
+                trace.freeze(label.axes[axis], call, "channels are picked by their position, which an index states")
+        trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
 
 
 @rule("aten::glu", kind="tie")
@@ -201,7 +259,44 @@ def pixel_shuffle(trace: Trace, call: Call) -> None:
     trace.put(call.outputs[0], Label(axes, label.note))
 
 
-@rule("aten::roll", "aten::cumsum", "aten::cumprod", "aten::sort", "aten::topk", "aten::unfold", kind="barrier")
+@rule("aten::pixel_unshuffle", kind="move")
+def pixel_unshuffle(trace: Trace, call: Call) -> None:
+    """A channel becomes r * r."""
+    label, x = trace.label(call["self"]), call["self"]
+    if label is not None:
+        axes = without_space(trace, call, label, 2)
+        if x.dim() - 3 in axes:
+            axes[x.dim() - 3] = np.repeat(axes[x.dim() - 3], call["downscale_factor"] ** 2)
+        trace.put(call.outputs[0], Label(axes, label.note))
+
+
+@rule("aten::im2col", kind="window")
+def im2col(trace: Trace, call: Call) -> None:
+    """[N, C, H, W] -> [N, C * window, positions]."""
+    label, x = trace.label(call["self"]), call["self"]
+    if label is not None:
+        axes = without_space(trace, call, label, 2)
+        if x.dim() - 3 in axes:
+            axes[x.dim() - 3] = np.repeat(axes[x.dim() - 3], math.prod(call["kernel_size"]))
+        trace.put(call.outputs[0], Label(axes, label.note))
+
+
+@rule("aten::col2im", kind="window")
+def col2im(trace: Trace, call: Call) -> None:
+    """[N, C * window, positions] -> [N, C, H, W]: all of a window goes together."""
+    label, x = trace.label(call["self"]), call["self"]
+    if label is None:
+        return
+    axes = without_space(trace, call, label, 1)
+    if x.dim() - 2 in axes:
+        windows = axes[x.dim() - 2].reshape(-1, math.prod(call["kernel_size"]))
+        for column in windows.T[1:]:
+            trace.unite(windows[:, 0], column, call)
+        axes[x.dim() - 2] = windows[:, 0].copy()
+    trace.put(call.outputs[0], Label(axes, label.note))
+
+
+@rule("aten::roll", "aten::sort", "aten::topk", "aten::unfold", "aten::argsort", "aten::triu", "aten::tril", kind="barrier")
 def along_one_axis(trace: Trace, call: Call) -> None:
     """Nothing happens to channels unless they lie on the axis that the operation works along."""
     over_axis(trace, call, "works along the channels by their position")
@@ -212,10 +307,10 @@ def along_one_axis(trace: Trace, call: Call) -> None:
 
 @rule(
     "aten::max_pool2d_with_indices", "aten::max_pool2d", "aten::mkldnn_max_pool2d", "aten::avg_pool2d",
-    "aten::_adaptive_avg_pool2d", "aten::adaptive_avg_pool2d", "aten::adaptive_max_pool2d",
+    "aten::_adaptive_avg_pool2d", "aten::adaptive_avg_pool2d",
     "aten::upsample_nearest2d", "aten::_upsample_nearest_exact2d", "aten::upsample_bilinear2d",
     "aten::upsample_bicubic2d", "aten::_upsample_bilinear2d_aa", "aten::_upsample_bicubic2d_aa",
-    "aten::reflection_pad2d", "aten::replication_pad2d",
+    "aten::reflection_pad2d", "aten::replication_pad2d", "aten::grid_sampler_2d", "aten::adaptive_max_pool2d",
     kind="window",
 )  # fmt: skip
 def window2d(trace: Trace, call: Call) -> None:
@@ -275,16 +370,6 @@ def barrier(trace: Trace, call: Call, text: str = "there is no rule for this ope
 
 
 @rule(
-    "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
-    "aten::_scaled_dot_product_attention_math", "aten::_scaled_dot_product_fused_attention_overrideable",
-    kind="barrier",
-)  # fmt: skip
-def attention(trace: Trace, call: Call) -> None:
-    barrier(trace, call, "attention scores mix the channels of a head, and their scale depends on how many there are")
-
-
-@rule(
     "aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::equal", "aten::is_nonzero",
     "aten::_unique2", "aten::unique_dim", "aten::unique_consecutive",
     kind="refuse",
@@ -315,14 +400,16 @@ def over_axis(trace: Trace, call: Call, text: str) -> None:
 
 
 def tied(trace: Trace, call: Call, plane: Tensor) -> Tensor:
-    """The plane after tying it along all axes but the last on which it varies."""
+    """The plane after tying it along all axes on which it varies but one (`Trace.free_axis`)."""
     small = core(plane)
-    outer = [axis for axis, size in enumerate(small.shape) if size > 1][:-1]
-    if not outer:
+    varying = [axis for axis, size in enumerate(small.shape) if size > 1]
+    if len(varying) < 2:
         return small.expand(plane.shape)
+    free = varying[trace.free_axis([small.shape[axis] for axis in varying])]
     first = small
-    for axis in outer:
-        first = first.narrow(axis, 0, 1)
+    for axis in varying:
+        if axis != free:
+            first = first.narrow(axis, 0, 1)
     trace.unite(flat(first.expand(small.shape)), flat(small), call)
     return first.expand(plane.shape)
 

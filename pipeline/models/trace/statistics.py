@@ -1,54 +1,131 @@
-"""Rules for operations that take a statistic: over space it passes, over channels they stay whole."""
+"""Rules for operations that take a statistic: over channels it is allowed, and mixes them (`Trace.mix`)."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from pipeline.models.trace.labels import Label
-from pipeline.models.trace.rules import over_axis
 from pipeline.models.trace.table import Call, rule
 
 if TYPE_CHECKING:
     from pipeline.models.trace.tracer import Trace
 
 
+def axes_of(call: Call, x: Tensor) -> set[int]:
+    """Axes that the operation works along; all of them if it names none."""
+    given = next((call.get(name) for name in ("dim", "dims") if call.get(name) is not None), None)
+    dims = range(x.dim()) if given is None or given == [] else [given] if isinstance(given, int) else given
+    return {dim % x.dim() for dim in dims} if x.dim() else set()
+
+
 @rule(
     "aten::mean", "aten::sum", "aten::amax", "aten::amin", "aten::max", "aten::min", "aten::var", "aten::std",
     "aten::var_mean", "aten::std_mean", "aten::prod", "aten::logsumexp", "aten::linalg_vector_norm", "aten::norm",
-    "aten::argmax", "aten::argmin", "aten::any", "aten::all", "aten::median", "aten::count_nonzero",
+    "aten::any", "aten::all", "aten::median", "aten::count_nonzero", "aten::linalg_norm",
     kind="statistic",
 )  # fmt: skip
 def reduce(trace: Trace, call: Call) -> None:
-    """Axes that are reduced leave the label; channels among them are frozen."""
-    x, given = call.tensors[0], call.get("dim")
+    """Axes that are reduced leave the label."""
+    x = call.tensors[0]
     if len(call.tensors) > 1:  # max and min of two tensors are pointwise
         trace.put(call.outputs[0], trace.join(call, call.tensors))
         return
     label = trace.label(x)
     if label is None:
         return
-    dims = range(x.dim()) if given is None or given == [] else [given] if isinstance(given, int) else given
-    gone = {dim % x.dim() for dim in dims} if x.dim() else set()
-    text = "a statistic is taken over the channels, and a cut would change it"
-    lost = [axis for axis in label.axes if axis in gone]
-    for axis in lost:
-        trace.freeze(label.axes[axis], call, text)
+    gone = axes_of(call, x)
+    if gone & {*label.axes}:
+        trace.mix()
     keepdim = bool(call.get("keepdim", False))
     kept = {
         axis if keepdim else axis - sum(other < axis for other in gone): ids
         for axis, ids in label.axes.items()
         if axis not in gone
     }
-    note = trace.reason(call, text) if lost else label.note
     for out in call.outputs:
-        trace.put(out, Label(kept, note))
+        trace.put(out, Label(kept, label.note))
 
 
-@rule("aten::_softmax", "aten::_log_softmax", "aten::_safe_softmax", kind="statistic")
-def softmax(trace: Trace, call: Call) -> None:
-    over_axis(trace, call, "softmax over the channels divides by a sum that a cut would change")
+@rule("aten::argmax", "aten::argmin", kind="barrier")
+def position(trace: Trace, call: Call) -> None:
+    """The result is a position: a number that a cut would change."""
+    label = trace.label(call["self"])
+    for axis in axes_of(call, call["self"]) if label else ():
+        if label and axis in label.axes:
+            trace.freeze(label.axes[axis], call, "the position of a channel is a result")
+    reduce(trace, call)
+    trace.mixes = False
+
+
+@rule(
+    "aten::_softmax", "aten::_log_softmax", "aten::_safe_softmax", "aten::cumsum", "aten::cumprod", "aten::logcumsumexp",
+    kind="statistic",
+)  # fmt: skip
+def along(trace: Trace, call: Call) -> None:
+    """Each result depends on all channels along the axis, and has as many of them."""
+    label = trace.label(call["self"])
+    if label is not None:
+        if axes_of(call, call["self"]) & {*label.axes}:
+            trace.mix()
+        trace.put(call.outputs[0], Label(label.axes, label.note))
+
+
+@rule("aten::_weight_norm_interface", "aten::_weight_norm", kind="statistic")
+def weight_norm(trace: Trace, call: Call) -> None:
+    """g * v / |v|, with a length of v for each entry of dim 0: over its other dimensions it is a statistic."""
+    v, g = call["v"], call["g"]
+    label = trace.label(v)
+    if label is None:
+        return
+    axes, dim = dict(label.axes), call["dim"] % v.dim()
+    channels = trace.join_along(call, [(v, dim), (g, dim)])
+    axes.pop(dim, None)
+    if axes:
+        trace.mix()
+    if channels is not None:
+        axes[dim] = channels
+    trace.put(call.outputs[0], Label(axes, label.note, label.source))
+
+
+@rule(
+    "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_attention_math", "aten::_scaled_dot_product_fused_attention_overrideable",
+    "aten::_scaled_dot_product_attention_math_for_mps",
+    kind="statistic",
+)  # fmt: skip
+def attention(trace: Trace, call: Call) -> None:
+    """q, k [..., L or S, E], v [..., S, F]: heads are batch axes; within a head channels of q meet those of k."""
+    q, k, v = call["query"], call["key"], call["value"]
+    bias = next((call.get(name) for name in ("attn_mask", "attn_bias") if call.get(name) is not None), None)
+    labels = [trace.label(tensor) for tensor in (q, k, v)]
+    if all(label is None for label in labels):
+        return
+    out, last = call.outputs[0], q.dim() - 1
+    if any(label is not None and last in label.axes for label in labels[:2]):
+        trace.meet()
+        reached = trace.join_along(call, [(q, last), (k, last)])
+        if reached is not None:
+            trace.mix()
+            if call.get("scale") is None:
+                trace.freeze(reached, call, "the scale of attention depends on how many channels a head has")
+    axes = {}
+    for axis in range(last - 1):
+        ids = trace.join_along(call, [(t, axis - q.dim() + t.dim()) for t in (q, k, v, bias) if t is not None])
+        if ids is not None:
+            axes[axis] = ids
+    for label in labels[1:]:
+        if label is not None and last - 1 in label.axes:
+            trace.freeze(label.axes[last - 1], call, "attention sums over these positions")
+    if labels[0] is not None and last - 1 in labels[0].axes:
+        axes[last - 1] = labels[0].axes[last - 1]
+    if labels[2] is not None and last in labels[2].axes:
+        trace.meet()
+        axes[last] = labels[2].axes[last]
+    note = next((label.note for label in labels if label and label.note), None)
+    trace.put(out, Label(axes, note))
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
@@ -70,9 +147,8 @@ def batch_norm(trace: Trace, call: Call) -> None:
         return
     axes = dict(label.axes) if label else {}
     axes.pop(1, None)
-    if call.get("training", not call.name.endswith(("no_training", "no_update"))):
-        for axis in list(axes):
-            trace.freeze(axes.pop(axis), call, "batch statistics are taken over the channels")
+    if axes and call.get("training", not call.name.endswith(("no_training", "no_update"))):
+        trace.mix()  # standardised weights: over all that a row of them reads
     if channels is not None:
         axes[1] = channels
     note, source = (label.note, label.source) if label else (None, None)
@@ -81,38 +157,55 @@ def batch_norm(trace: Trace, call: Call) -> None:
         trace.put(out, Label({0: channels} if channels is not None and out.shape == channels.shape else {}, note))
 
 
-@rule("aten::native_layer_norm", "aten::_fused_rms_norm", kind="norm")
+def _normalized_shape(bound: dict[str, Any]) -> dict[str, Any]:
+    width = len(bound["normalized_shape"])
+    return {**bound, "normalized_shape": list(bound["input"].shape[-width:])}
+
+
+def _channels(bound: dict[str, Any]) -> dict[str, Any]:
+    return {**bound, "C": bound["input"].shape[1]}
+
+
+@rule("aten::native_layer_norm", "aten::_fused_rms_norm", kind="norm", resize=_normalized_shape)
 def layer_norm(trace: Trace, call: Call) -> None:
     x, width = call["input"], len(call["normalized_shape"])
-    text = "the norm takes its statistics over the channels, and a cut would change them"
-    _norm_over(trace, call, x, range(x.dim() - width, x.dim()), text)
-
-
-@rule("aten::native_group_norm", kind="norm")
-def group_norm(trace: Trace, call: Call) -> None:
-    text = (
-        f"GroupNorm takes statistics over {call['C'] // call['group']} channels at a time, and a cut would change them"
-    )
-    _norm_over(trace, call, call["input"], [1], text)
-
-
-def _norm_over(trace: Trace, call: Call, x: Tensor, over: range | list[int], text: str) -> None:
-    """The channels that are normalised stay; the label lives on, so that all that meets them gives the same reason."""
+    over = range(x.dim() - width, x.dim())
     label = trace.label(x)
     axes = dict(label.axes) if label else {}
     owned = [tensor for tensor in (call["weight"], call.get("bias")) if tensor is not None]
-    last = over[-1]
-    if len(over) == 1:
-        channels = trace.join_along(call, [(x, last), *((tensor, 0) for tensor in owned)])
-        if channels is not None:
-            axes[last] = channels
-    else:
-        for tensor in owned:
-            for ids in (trace.label(tensor) or Label()).axes.values():
-                trace.freeze(ids, call, text)
-    for axis in over:
-        if axis in axes:
-            trace.freeze(axes[axis], call, text)
+    for i, axis in enumerate(over):
+        ids = trace.join_along(call, [(x, axis), *((tensor, i) for tensor in owned)])
+        axes.pop(axis, None)
+        if ids is not None:
+            axes[axis] = ids
+            trace.mix()
+    _normed(trace, call, axes)
+
+
+@rule("aten::native_group_norm", kind="norm", resize=_channels)
+def group_norm(trace: Trace, call: Call) -> None:
+    """The channels of one statistic go together, so the others keep theirs; if all share one, it is taken over those kept."""
+    x, num_groups = call["input"], call["group"]
+    label = trace.label(x)
+    owned = [tensor for tensor in (call["weight"], call["bias"]) if tensor is not None]
+    axes = dict(label.axes) if label else {}
+    axes.pop(1, None)
+    channels = trace.join_along(call, [(x, 1), *((tensor, 0) for tensor in owned)])
+    if axes:
+        trace.mix()
+    if channels is not None:
+        axes[1] = channels
+        if num_groups == 1:
+            trace.mix()
+        else:
+            together = channels.reshape(num_groups, -1)
+            for column in together.T[1:]:
+                trace.unite(together[:, 0], column, call)
+    _normed(trace, call, axes)
+
+
+def _normed(trace: Trace, call: Call, axes: dict[int, Any]) -> None:
+    label = trace.label(call["input"])
     for out in call.outputs:
         fits = {axis: ids for axis, ids in axes.items() if axis < out.dim() and out.shape[axis] == len(ids)}
         trace.put(out, Label(fits, label.note if label else None))

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from pipeline.models.trace.tracer import Trace
 
 
+Resize = Callable[[dict[str, Any]], dict[str, Any]]
+
+
 class Call:
     """One operation as it ran: arguments by their name in the schema, and the tensors that came out."""
 
@@ -32,18 +35,24 @@ class Call:
         self.outputs = list(tensors_in(out))
 
     @cached_property
-    def _bound(self) -> dict[str, Any]:
+    def bound(self) -> dict[str, Any]:
         parameters = self.func._schema.arguments
         bound = {p.name: p.default_value for p in parameters if p.has_default_value()}
         bound.update(zip((p.name for p in parameters), self.args, strict=False))
         return {**bound, **self.kwargs}
 
     def __getitem__(self, argument: str) -> Any:
-        return self._bound[argument]
+        return self.bound[argument]
 
     def get(self, argument: str, default: Any = None) -> Any:
         """The argument, or `default` where the operation's schema has none of that name."""
-        return self._bound.get(argument, default)
+        return self.bound.get(argument, default)
+
+    def arguments(self, bound: dict[str, Any]) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments for another call of the same operation."""
+        schema = self.func._schema.arguments
+        positional = [bound[p.name] for p in schema if not p.kwarg_only and p.name in bound]
+        return positional, {p.name: bound[p.name] for p in schema if p.kwarg_only and p.name in bound}
 
     @property
     def tensors(self) -> list[Tensor]:
@@ -73,18 +82,29 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 class Rule:
     apply: Callable[[Trace, Call], None]
     kind: str
-    """join, move, tie, window, statistic, norm, contract, barrier or refuse."""
+    """join, move, tie, window, statistic, norm, contract, barrier or refuse. A contraction reads zeros where channels were
+    removed; every other operation that mixes channels says so with Trace.mix and sees only those that are kept."""
+    resize: Resize | None = None
+    """Brings arguments that state the number of channels up to date with the tensors, which lack the removed ones."""
 
 
 RULES: dict[str, Rule] = {}
 """ATen name without overload -> rule."""
 
 
-def rule(*names: str, kind: str) -> Callable[[Callable[[Trace, Call], None]], Callable[[Trace, Call], None]]:
+def rule(
+    *names: str, kind: str, resize: Resize | None = None
+) -> Callable[[Callable[[Trace, Call], None]], Callable[[Trace, Call], None]]:
     """Register a function for operations "namespace::name". A later registration replaces an earlier one."""
 
     def register(apply: Callable[[Trace, Call], None]) -> Callable[[Trace, Call], None]:
-        RULES.update({name: Rule(apply, kind) for name in names})
+        RULES.update({name: Rule(apply, kind, resize) for name in names})
         return apply
 
     return register
+
+
+def find(name: str) -> tuple[str, Rule | None]:
+    """The name under which an operation has a rule, and the rule; one in place goes by that of the other."""
+    name = name if name in RULES else name.removesuffix("_")
+    return name, RULES.get(name)

@@ -6,16 +6,20 @@ couplings are found by moving labels through the operations that really run, not
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -23,10 +27,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from pipeline.models.graph import Graph
 from pipeline.models.modes import eval_mode
 from pipeline.models.trace import contractions, statistics
-from pipeline.models.trace.groups import graph_of
+from pipeline.models.trace.groups import SiteKey, graph_of
 from pipeline.models.trace.labels import Ids, Label, Reason, Slots, core, spread
 from pipeline.models.trace.rules import barrier, join, merge, tied
-from pipeline.models.trace.table import RULES, Call, tensors_in
+from pipeline.models.trace.sizes import PythonCall, Stated
+from pipeline.models.trace.table import Call, Rule, find, tensors_in
 
 assert contractions, statistics  # importing them fills RULES
 
@@ -35,7 +40,30 @@ OUTPUT = Reason("network output", "network output", "these channels are the netw
 CONSTANTS = "the channels meet values of full size that carry no channels of their own"
 
 
+class TraceTimeout(RuntimeError):
+    """Tracing took longer than it was allowed to."""
+
+
 @dataclass(frozen=True, slots=True)
+class Deadline:
+    """When tracing has to be done."""
+
+    limit_s: float
+    end: float
+
+    @classmethod
+    def after(cls, limit_s: float) -> Deadline:
+        return cls(limit_s, time.monotonic() + limit_s)
+
+    def check(self, doing: str) -> None:
+        if time.monotonic() > self.end:
+            raise TraceTimeout(
+                f"tracing took more than {self.limit_s:g} s, and ended while {doing}. Trace at a smaller input size (channel "
+                "groups do not depend on it, MACs do), give it more threads, or allow more with time_limit_s."
+            )
+
+
+@dataclass(slots=True)
 class Frame:
     """A module that is running, and the label of its first positional input."""
 
@@ -43,24 +71,43 @@ class Frame:
     module: nn.Module
     label: Label | None
     num_axes: int
+    calls: int = 0
+    """Torch functions that its code has called so far."""
 
 
 class Trace:
-    """What rules see and write."""
+    """What rules see and write.
 
-    def __init__(self, model: nn.Module) -> None:
+    Args:
+        attention: modules in which a channel axis that is split goes by whole outer parts (heads), see `free_axis`.
+    """
+
+    def __init__(self, model: nn.Module, attention: Collection[str] = ()) -> None:
         self.slots = Slots()
         self.macs: dict[str, int] = {}
         """Weight -> multiply-accumulates of the whole batch."""
-        self.sites: dict[tuple[str, int], Ids] = {}
-        """(module, axis) -> slots along that axis of the module's first input; in running order."""
+        self.sites: dict[SiteKey, Ids] = {}
+        """Slots along the axis of a value where a weight reads it; in running order."""
         self.refused: Reason | None = None
         self.stack = [Frame("", model, None, 0)]
-        self.python_name = ""
+        self.python: PythonCall | None = None
         """The torch function that Python called and that the operation is a part of."""
+        self.stated: list[Stated] = []
+        self.attention = frozenset(attention)
+        self.multiplying: set[str] = set()
+        """Modules that multiply channels of one value with those of another, not with a weight."""
+        self.mixes = False
+        """Does the result of the operation at hand depend on which channels are there? See `mix`."""
         self._labels: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._own = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
         self._names = {id(tensor): name for name, tensor in reversed(self._own.items())}
+        self._kernels = {
+            id(weight)
+            for module in model.modules()
+            if isinstance(module, _ConvNd)
+            for weight in module.parameters()
+            if weight.dim() == 2 + len(module.kernel_size)
+        }
 
     # --- labels of values ---------------------------------------------------------------------------------------------
 
@@ -75,7 +122,8 @@ class Trace:
             return Label(note=base.note) if base and base.note else None
         if name is None or tensor.numel() <= 1:
             return None
-        axes = {dim: self.slots.of(name, dim, size) for dim, size in enumerate(tensor.shape) if size > 1}
+        shape = tensor.shape[:2] if id(tensor) in self._kernels else tensor.shape  # a kernel's positions are no channels
+        axes = {dim: self.slots.of(name, dim, size) for dim, size in enumerate(shape) if size > 1}
         label = Label(axes, source=name)
         self._labels[tensor] = label
         return label
@@ -158,13 +206,32 @@ class Trace:
             self.put(out, Label(axes, label.note, label.source if out.numel() == x.numel() else None))
 
     def _one_of(self, first: Ids | None, second: Ids, call: Call) -> Ids:
-        """Two kinds of channels merge into one axis: one of them has to stay; if neither does already, both do."""
+        """Two kinds of channels merge into one axis: one of them has to stay, if it can be one that no weight writes or reads."""
+        text = "two kinds of channels are merged into one axis"
         if first is None or self.slots.all_frozen(first):
             return second
-        if not self.slots.all_frozen(second):
-            for ids in (first, second):
-                self.freeze(ids, call, "two kinds of channels are merged into one axis")
-        return first
+        if self.slots.all_frozen(second):
+            return first
+        if self.slots.role(first) and not self.slots.role(second):
+            first, second = second, first
+        self.freeze(first, call, text)
+        if self.slots.role(first):
+            self.freeze(second, call, text)
+        return second
+
+    def free_axis(self, sizes: Sequence[int]) -> int:
+        """Which of the parts that a channel axis is split into is cut; the others are tied.
+
+        What remains must be a tensor again, so it is one of them: the innermost (the same offset in each part), but whole
+        heads in modules that multiply channels with each other: the axis as long as an attribute that counts heads, or the
+        last but one, as in (3, heads, head_dim).
+        """
+        module = self.stack[-1].module
+        if self.stack[-1].path not in self.attention:
+            return len(sizes) - 1
+        named = {v for k, v in vars(module).items() if "head" in k and "dim" not in k and isinstance(v, int)}
+        heads = [i for i, size in enumerate(sizes[:-1]) if size in named]
+        return heads[-1] if heads else len(sizes) - 2
 
     # --- what rules conclude ------------------------------------------------------------------------------------------
 
@@ -184,26 +251,54 @@ class Trace:
         if ids.any():
             self.slots.freeze(ids, note or self.reason(call, text))
 
+    def mix(self) -> None:
+        """The operation at hand takes a statistic over channels: its result is another one without those that are removed.
+
+        That is allowed: the reference takes the statistic over the channels that are kept (`pruning.masks.Masked`).
+        """
+        self.mixes = True
+
+    def meet(self) -> None:
+        """Channels of two values are multiplied with each other in the running module, which is thus a kind of attention."""
+        self.multiplying.add(self.stack[-1].path)
+
     def refuse(self, call: Call, text: str) -> None:
         """Nothing may be cut at all."""
         self.refused = self.refused or self.reason(call, text)
 
     def consume(self, call: Call, weight: str, ids: Ids, axis: int) -> None:
-        """The channels `ids` end at a weight of the running module, whose first input carries them."""
-        frame = self.stack[-1]
-        matrices = [p for p in frame.module._parameters.values() if p is not None and p.dim() > 1]
-        if len(matrices) != 1 or matrices[0] is not self._own[weight] or next(frame.module.children(), None):
-            self.freeze(ids, call, f"{weight} is used outside of a layer of its own")
+        """The channels `ids` end at a weight: note the value that carries them, where Python can get hold of it."""
+        key, there = self._layer_input(weight, ids, axis) or self._argument(ids) or (None, ids)
+        if key is None:
+            self.freeze(ids, call, f"the values that {weight} reads cannot be told from the arguments of the call")
             return
-        there = frame.label.axes.get(axis % frame.num_axes) if frame.label else None
-        if there is None or not np.array_equal(self._classes(there), self._classes(ids)):
-            self.freeze(ids, call, "the first input of the layer does not carry the channels that its weight reads")
-            return
-        before = self.sites.setdefault((frame.path, axis), there)
+        before = self.sites.setdefault(key, there)
         if len(before) == len(there):
             self.unite(before, there, call)
         else:
             self.freeze(np.concatenate([before, there]), call, "the layer is called with inputs of other layouts")
+
+    def _layer_input(self, weight: str, ids: Ids, axis: int) -> tuple[SiteKey, Ids] | None:
+        """The first input of the running module, if that is a layer of its own and reads these channels with its weight."""
+        frame = self.stack[-1]
+        matrices = [p for p in frame.module._parameters.values() if p is not None and p.dim() > 1]
+        if len(matrices) != 1 or matrices[0] is not self._own[weight] or next(frame.module.children(), None):
+            return None
+        there = frame.label.axes.get(axis % frame.num_axes) if frame.label else None
+        if there is None or not np.array_equal(self._classes(there), self._classes(ids)):
+            return None
+        return (frame.path, axis, None), there
+
+    def _argument(self, ids: Ids) -> tuple[SiteKey, Ids] | None:
+        """The argument of the running torch function that carries these channels."""
+        wanted, python = self._classes(ids), self.python
+        for i, tensor in enumerate(python.tensors if python else ()):
+            label = self.label(tensor)
+            for axis, there in label.axes.items() if label and label.source is None else ():
+                if np.array_equal(self._classes(there), wanted):
+                    assert python is not None
+                    return (self.stack[-1].path, axis, (python.index, i)), there
+        return None
 
     def _classes(self, ids: Ids) -> Ids:
         return np.unique(self.slots.find(ids))
@@ -214,7 +309,7 @@ class Trace:
     def _where(self) -> str:
         """ "module path (file.py:line)": the innermost line outside torch and this package."""
         path = self.stack[-1].path or "the network"
-        skipped = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+        skipped = (_LIBRARY, f"{Path(__file__).parent}{os.sep}")
         frame: Any = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename.startswith(skipped):
             frame = frame.f_back
@@ -224,52 +319,86 @@ class Trace:
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-class _Operations(TorchDispatchMode):
-    def __init__(self, trace: Trace) -> None:
+class Operations(TorchDispatchMode):
+    """Inside, labels go along with all that runs."""
+
+    def __init__(self, trace: Trace, deadline: Deadline | None = None) -> None:
         super().__init__()
         self.trace = trace
+        self.deadline = deadline
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         out = func(*args, **(kwargs or {}))
-        call = Call(func, args, kwargs or {}, out)
-        if call.name not in RULES:
-            call.name = call.name.removesuffix("_")  # in place: the rule of the other
-        rule = RULES.get(call.name)
+        self.follow(Call(func, args, kwargs or {}, out))
+        return out
+
+    def follow(self, call: Call) -> Rule | None:
+        """Apply the operation's rule."""
+        call.name, rule = find(call.name)
+        self.trace.mixes = False
         if rule is not None:
             rule.apply(self.trace, call)
-        elif torch.Tag.pointwise in func.tags and torch.Tag.nondeterministic_seeded not in func.tags:
+        elif torch.Tag.pointwise in call.func.tags and torch.Tag.nondeterministic_seeded not in call.func.tags:
             join(self.trace, call)
         else:
             barrier(self.trace, call)
         self.trace.written(call)
-        return out
+        if self.deadline:
+            self.deadline.check(f"following {self.trace.stack[-1].path or 'the network'}")
+        return rule
 
 
-class _PythonNames(TorchFunctionMode):
-    """Remembers which torch function was called: ATen does not tell `chunk` from `split`."""
+class PythonCalls(TorchFunctionMode):
+    """Remembers which torch function was called: ATen tells neither `chunk` from `split` nor where a size stood."""
 
-    def __init__(self, trace: Trace) -> None:
+    def __init__(self, trace: Trace, *, sizes: bool = True) -> None:
         super().__init__()
         self.trace = trace
+        self.sizes = sizes
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        self.trace.python_name = getattr(func, "__name__", "")
-        return func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("__get__", "__set__"):  # x.shape, x.dtype
+            return func(*args, **kwargs)
+        frame, trace = self.trace.stack[-1], self.trace
+        call = trace.python = PythonCall(func, args, kwargs, frame.calls, _caller())
+        frame.calls += 1
+        out = func(*args, **kwargs)
+        if self.sizes:
+            trace.stated += call.stated(trace, out)
+        trace.python = None
+        return out
+
+
+_LIBRARY = f"{Path(torch.__file__).parent}{os.sep}"
+_LAYERS = f"{_LIBRARY}nn{os.sep}modules{os.sep}"
+
+
+def _caller() -> FrameType:
+    """The innermost frame of a network's code: outside of this package's tracer and of torch, but for torch's layers."""
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        name = frame.f_code.co_filename
+        if not name.startswith(_LIBRARY) or name.startswith(_LAYERS):
+            break
+        frame = frame.f_back
+    return frame
 
 
 @contextmanager
-def _module_stack(model: nn.Module, trace: Trace) -> Iterator[None]:
+def module_stack(model: nn.Module, trace: Trace) -> Iterator[None]:
     """Inside, the trace knows which module runs."""
 
     def enter(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
-            label = trace.label(first) if first is not None else None
-            trace.stack.append(Frame(path, module, label, first.dim() if first is not None else 0))
+            with torch._C.DisableTorchFunction():  # what a hook asks is no call of the network's
+                first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
+                label = trace.label(first) if first is not None else None
+                trace.stack.append(Frame(path, module, label, first.dim() if first is not None else 0))
 
         return hook
 
@@ -301,7 +430,9 @@ def _untouched(model: nn.Module) -> Iterator[None]:
 
 
 @torch.no_grad()
-def propagate(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> Graph:
+def propagate(
+    model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...], *, deadline: Deadline | None = None
+) -> Graph:
     """Channel groups of `model` by label propagation alone; `pruning.trials.trace` tries them out as well.
 
     Args:
@@ -309,23 +440,33 @@ def propagate(model: nn.Module, example_inputs: Tensor | tuple[Tensor, ...]) -> 
         example_inputs: a batch it accepts, float [N, C, H, W] for images; N = 1 is enough. Its size decides the MACs.
 
     Returns:
-        Groups of what is understood. All other channels are frozen, with operation, place and reason.
+        Groups of what is understood. All other channels are frozen, with operation, place and reason. `sizes` are all that
+        the code states; not all of them need to be brought up to date.
 
     Raises:
         ValueError: the network does not run on `example_inputs`.
+        TraceTimeout: it was not done in time.
     """
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    trace = Trace(model)
+    trace, output = _run(model, inputs, Trace(model), deadline)
+    while not trace.multiplying <= trace.attention:  # once more, now by whole heads where channels meet channels
+        attention = trace.attention | trace.multiplying
+        trace, output = _run(model, inputs, Trace(model, attention), deadline)
+    for tensor in tensors_in(output):
+        for ids in (trace.label(tensor) or Label()).axes.values():
+            trace.slots.freeze(ids, OUTPUT)
+    return graph_of(model, trace, tuple(inputs[0].shape))
+
+
+def _run(model: nn.Module, inputs: tuple[Tensor, ...], trace: Trace, deadline: Deadline | None) -> tuple[Trace, Any]:
     for tensor in inputs:
         trace.put(tensor, Label(note=INPUT))
     with _untouched(model):
         try:
-            with _module_stack(model, trace), _PythonNames(trace), _Operations(trace):
-                output = model(*inputs)
+            with module_stack(model, trace), PythonCalls(trace), Operations(trace, deadline):
+                return trace, model(*inputs)
+        except TraceTimeout:
+            raise
         except RuntimeError as error:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
             raise ValueError(f"the network does not run on inputs of shape {shapes}: {error}") from error
-    for tensor in tensors_in(output):
-        for ids in (trace.label(tensor) or Label()).axes.values():
-            trace.slots.freeze(ids, OUTPUT)
-    return graph_of(model, trace.slots, trace.sites, trace.macs, trace.refused, tuple(inputs[0].shape))

@@ -1,0 +1,181 @@
+"""Rebuilds the pruned network beside this file: `from load import load; load()`. Needs torch, timm, safetensors."""
+
+import ast
+import importlib
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def build(factory: str, kwargs: dict[str, Any]) -> nn.Module:
+    module, _, name = factory.rpartition(":")
+    library = importlib.import_module(module or "timm")
+    model: nn.Module = (
+        getattr(library, name)(**kwargs) if module else library.create_model(name, pretrained=False, **kwargs)
+    )
+    return open_attention_(model)
+
+
+def rebuild(spec: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module) -> nn.Module:
+    dense = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    sources, names = {name: name for name in tensors} | spec["tied"], [*model.state_dict(), *spec["buffers"]]
+    shapes = {name: list(tensors[source].shape) for name, source in sources.items()}
+    wanted = {name: spec["shapes"].get(name, list(dense[name].shape)) for name in names}
+    if shapes != wanted:
+        wrong = sorted(name for name in shapes | wanted if shapes.get(name) != wanted.get(name))
+        raise ValueError(f"weights and architecture do not fit in {', '.join(wrong[:5])} ({len(wrong)} tensors)")
+    new = {name: nn.Parameter(tensor, tensor.is_floating_point()) for name, tensor in tensors.items()}
+    for name, source in sources.items():
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, (new if isinstance(dense[name], nn.Parameter) else tensors)[source])
+    for module, values in ((model.get_submodule(path), values) for path, values in spec["attributes"].items()):
+        for name, value in values.items():
+            setattr(module, name, tuple(value) if isinstance(getattr(module, name, None), tuple) else value)
+    for path, edits in spec["functions"].items():
+        rewrite_(model.get_submodule(path), edits)
+    return model.eval()
+
+
+def load(directory: str | Path = Path(__file__).parent) -> nn.Module:
+    spec = json.loads(Path(directory, "architecture.json").read_text(encoding="utf-8"))
+    return rebuild(
+        spec, load_file(Path(directory, "model.safetensors")), build(spec["factory"], spec["factory_kwargs"])
+    )
+
+
+# --- sizes that stand in the source of a method -----------------------------------------------------------------------
+
+Edit = Sequence[Any]
+"""[functions, line, column, text, number]: in the last of `functions` (a method, and what it calls down to there) the
+expression `text`, at this place after the function's first line, now states the number."""
+
+
+def rewrite_(module: nn.Module, edits: Sequence[Edit]) -> None:
+    """Give this one module a copy of its methods in which sizes are other numbers. Raises ValueError if they moved."""
+    cls = original_class(module)
+    methods = {
+        name: _edited(inspect.unwrap(getattr(cls, name)), [([*rest], *edit) for (first, *rest), *edit in edits if first == name])
+        for name in dict.fromkeys(edit[0][0] for edit in edits)
+    }  # fmt: skip
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "edits": [list(edit) for edit in edits]}
+    module.__class__ = type(cls.__name__, (cls,), {**methods, **names})
+
+
+def original_class(module: nn.Module) -> type:
+    """The class of a module without what `rewrite_` has changed."""
+    return next(cls for cls in type(module).__mro__ if "edits" not in vars(cls))
+
+
+def edits_of(module: nn.Module) -> list[Edit]:
+    """What `rewrite_` has changed in this module."""
+    return list(vars(type(module)).get("edits", []))
+
+
+def _edited(function: Any, edits: list[Any]) -> Any:
+    """The function with its own edits (those without further functions), and with edited copies of what it calls."""
+    lines, first = inspect.getsourcelines(function)
+    indented = lines[0][:1].isspace()
+    tree: Any = ast.parse("if True:\n" * indented + "".join(lines))
+    ast.increment_lineno(tree, first - 1 - indented)
+    definition = (tree.body[0].body if indented else tree.body)[0]
+    definition.decorator_list = []
+    own = {(line + first, column, text): value for names, line, column, text, value in edits if not names}
+    numbers = _Numbers(own)
+    numbers.visit(definition)
+    if own:
+        raise ValueError(f"{function.__qualname__} no longer reads {', '.join(sorted(text for *_, text in own))}: its source has changed")
+    code, scope = function.__code__, dict(function.__globals__)
+    for name in dict.fromkeys(names[0] for names, *_ in edits if names):
+        scope[name] = _edited(inspect.unwrap(scope[name]), [(names[1:], *edit) for names, *edit in edits if names and names[0] == name])
+    make = ast.parse(f"def make({', '.join(code.co_freevars)}): return {definition.name}").body[0]
+    make.body.insert(0, definition)  # type: ignore[attr-defined]
+    exec(compile(ast.fix_missing_locations(ast.Module([make], [])), code.co_filename, "exec"), scope)
+    return scope.pop("make")(*(cell.cell_contents for cell in function.__closure__ or ()))
+
+
+class _Numbers(ast.NodeTransformer):
+    """Puts numbers in the place of expressions, and takes those that it found off the list."""
+
+    def __init__(self, edits: dict[tuple[int, int, str], int]) -> None:
+        self.edits = edits
+
+    def visit(self, node: Any) -> Any:
+        at = (getattr(node, "lineno", 0), getattr(node, "col_offset", 0))
+        if isinstance(node, ast.expr) and any(edit[:2] == at for edit in self.edits):
+            value = self.edits.pop((*at, ast.unparse(node)), None)
+            if value is not None:
+                return ast.copy_location(ast.Constant(value), node)
+        return self.generic_visit(node)
+
+
+# --- attention whose heads need not fill the embedding ----------------------------------------------------------------
+
+
+class MultiheadAttention(nn.MultiheadAttention):
+    """torch's own with one width in and out, spelt out: heads and embedding may have any number of channels."""
+
+    _qkv_same_embed_dim = property(lambda self: False, lambda self, value: None)  # keeps torch's fused encoder away
+
+    def forward(  # type: ignore[override]
+        self, query: Tensor, key: Tensor, value: Tensor, key_padding_mask: Tensor | None = None,
+        need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        del is_causal  # a hint: the mask says the same
+        single, inputs, bias = query.dim() == 2, (query, key, value), self.in_proj_bias
+        if single:
+            inputs = tuple(x.unsqueeze(0) for x in inputs)
+        elif not self.batch_first:
+            inputs = tuple(x.transpose(0, 1) for x in inputs)
+        if query is key and key is value:
+            q, k, v = F.linear(inputs[0], self.in_proj_weight, bias).chunk(3, dim=-1)
+        else:
+            weights, biases = self.in_proj_weight.chunk(3), bias.chunk(3) if bias is not None else (None,) * 3
+            q, k, v = (F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
+        q = q.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # [N, heads, L, head_dim]
+        k = k.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        v = v.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+        mask = _additive(attn_mask, key_padding_mask, q)
+        weights = None
+        if need_weights:
+            scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
+            weights = (scores if mask is None else scores + mask).softmax(-1)
+            out = F.dropout(weights, self.dropout, self.training) @ v
+            weights = weights.mean(1) if average_attn_weights else weights
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
+        out = self.out_proj(out.transpose(1, 2).flatten(2))
+        if single:
+            return out.squeeze(0), weights if weights is None else weights.squeeze(0)
+        return out if self.batch_first else out.transpose(0, 1), weights
+
+
+def _additive(mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor | None:
+    """One mask that is added to the scores [N, heads, L, S]. True in a bool mask means: not looked at."""
+
+    def scores(given: Tensor) -> Tensor:
+        return q.new_zeros(given.shape).masked_fill(given, float("-inf")) if given.dtype == torch.bool else given
+
+    total = None
+    if mask is not None:
+        total = scores(mask.unflatten(0, (len(q), -1)) if mask.dim() == 3 else mask)
+    if padding is not None:
+        per_key = scores(padding)[:, None, None, :]
+        total = per_key if total is None else total + per_key
+    return total
+
+
+def open_attention_(model: nn.Module) -> nn.Module:
+    """Every nn.MultiheadAttention of the plain kind computes the same from now on by code whose sizes are free."""
+    for module in model.modules():
+        plain = type(module) is nn.MultiheadAttention and module.in_proj_weight is not None
+        if plain and module.bias_k is None and not module.add_zero_attn:
+            module.__class__ = MultiheadAttention
+    return model

@@ -1,0 +1,246 @@
+"""Sizes that a network's code states: which expression in its source says how many channels there are.
+
+`reshape(B, N, self.num_heads, C // self.num_heads)` holds two of them, `x[:, : self.dim]` one. A cut changes what they
+have to say: an attribute gets its new value, any other expression its new number in a copy of the method that belongs to
+the one module (`models.standalone.rewrite`). Here such places are found while the code runs: the instruction that called
+torch has an exact position in the source, and labels tell what each argument counts.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from types import CodeType, FrameType
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from pipeline.models.standalone import original_class
+from pipeline.models.trace.labels import Ids
+from pipeline.models.trace.table import tensors_in
+
+if TYPE_CHECKING:
+    from pipeline.models.trace.tracer import Trace
+
+Path = tuple[int | str, ...]
+"""Where an argument stands: (2,) is the third, (1, 0) the first of the list that is the second."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stated:
+    """An expression in the source, run by one module, and the positions that it counts."""
+
+    module: str
+    functions: tuple[str, ...]
+    """Method of the module, then the functions that it calls down to the one that holds the expression."""
+    line: int
+    """Of the expression, counted from the first line of its function."""
+    column: int
+    text: str
+    """The expression as it stands."""
+    attribute: str
+    """Name, if the expression is an attribute of the module itself."""
+    element: int | None
+    """Position, where the attribute is a list."""
+    ids: tuple[int, ...]
+    negative: bool
+    """The expression states minus the number."""
+
+
+class PythonCall:
+    """One call of a torch function by Python code: `x.reshape(...)`, `F.linear(...)`, `x[...]`."""
+
+    def __init__(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], index: int, frame: FrameType) -> None:
+        self.name: str = getattr(func, "__name__", "")
+        self.args, self.kwargs = args, kwargs
+        self.index = index
+        """How many calls the running module has made before."""
+        self._frame = frame
+
+    @cached_property
+    def tensors(self) -> list[Tensor]:
+        return list(tensors_in((self.args, self.kwargs)))
+
+    def stated(self, trace: Trace, output: Any) -> Iterator[Stated]:
+        """Sizes that this call has stated, now that it is done and the labels of its results are known."""
+        counted = list(_counted(trace, self, output))
+        place = self._place(trace) if counted else None
+        if place is None:
+            return
+        module, functions, node, first = place
+        for path, ids, negative in counted:
+            found = _argument(node, path, len(self.args))
+            if found is not None:
+                expression, element = found
+                text, owner = ast.unparse(expression), _own_attribute(expression)
+                at = (expression.lineno - first, expression.col_offset)
+                yield Stated(module, functions, *at, text, owner, element, tuple(ids.tolist()), negative)
+
+    def resolves(self, trace: Trace, path: Path) -> bool:
+        """Can the argument at `path` be found in the source?"""
+        place = self._place(trace)
+        return place is not None and _argument(place[2], path, len(self.args)) is not None
+
+    def _place(self, trace: Trace) -> tuple[str, tuple[str, ...], ast.Call | ast.Subscript, int] | None:
+        frame: FrameType | None = self._frame
+        assert frame is not None
+        node = _node(frame.f_code, frame.f_lasti)
+        names: list[str] = []
+        while frame is not None and node is not None:
+            code, owner = frame.f_code, frame.f_locals.get("self")
+            names.insert(0, code.co_name)
+            if isinstance(owner, nn.Module):
+                path = next((f.path for f in reversed(trace.stack) if f.module is owner), None)
+                functions = _chain(original_class(owner), names)
+                if path is None or functions is None or functions[-1].__code__.co_name != names[-1]:
+                    return None
+                return path, tuple(names), node, functions[-1].__code__.co_firstlineno
+            frame = frame.f_back
+        return None
+
+
+def _chain(cls: type, names: Sequence[str]) -> list[Any] | None:
+    """The functions that these names stand for: a method of `cls`, then global names of each function's module."""
+    found = [inspect.unwrap(getattr(cls, names[0], None) or _missing)]
+    for name in names[1:]:
+        found.append(inspect.unwrap(getattr(found[-1], "__globals__", {}).get(name) or _missing))
+    return found if all(inspect.isfunction(function) and function is not _missing for function in found) else None
+
+
+def _missing() -> None:
+    """Stands for a function that is not there."""
+
+
+@lru_cache(maxsize=4096)
+def _node(code: CodeType, instruction: int) -> ast.Call | ast.Subscript | None:
+    """The call or subscription that the instruction belongs to: of all that there are, the one that ends where it ends."""
+    _, end_line, _, end_column = list(code.co_positions())[instruction // 2]
+    for node in ast.walk(_tree(code) or ast.Module([], [])):
+        if isinstance(node, ast.Call | ast.Subscript) and (node.end_lineno, node.end_col_offset) == (
+            end_line,
+            end_column,
+        ):
+            return node
+    return None
+
+
+@lru_cache(maxsize=512)
+def _tree(code: CodeType) -> ast.Module | None:
+    """The source of a function, with the lines and columns of its file."""
+    try:
+        lines, first = inspect.getsourcelines(code)
+    except (OSError, TypeError):
+        return None
+    indented = lines[0][:1].isspace()
+    try:
+        tree = ast.parse("if True:\n" * indented + "".join(lines))
+    except SyntaxError:  # a lambda in the middle of a call
+        return None
+    ast.increment_lineno(tree, first - 1 - indented)
+    return tree
+
+
+def _argument(node: ast.Call | ast.Subscript, path: Path, num_args: int) -> tuple[ast.expr, int | None] | None:
+    """The expression at `path`; with the position in it, where it is an attribute that is a list."""
+    if isinstance(node, ast.Subscript):
+        return _bound(node, path)
+    offset = num_args - len(node.args)  # 1 for a method: the tensor stands before the dot
+    first, *rest = path
+    named = {keyword.arg: keyword.value for keyword in node.keywords}
+    if isinstance(first, str):
+        expression = named.get(first)
+    elif any(isinstance(argument, ast.Starred) for argument in node.args) or not 0 <= first - offset < len(node.args):
+        return None
+    else:
+        expression = node.args[first - offset]
+    if expression is None or not rest:
+        return (expression, None) if expression is not None else None
+    (element,) = rest
+    assert isinstance(element, int)
+    if isinstance(expression, ast.List | ast.Tuple):
+        starred = any(isinstance(part, ast.Starred) for part in expression.elts)
+        return (expression.elts[element], None) if not starred and element < len(expression.elts) else None
+    return (expression, element) if _own_attribute(expression) else None
+
+
+def _bound(node: ast.Subscript, path: Path) -> tuple[ast.expr, int | None] | None:
+    """A bound of a slice: path is (element of the index, "lower" or "upper")."""
+    element, side = path
+    parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else [node.slice]
+    assert isinstance(element, int)
+    if any(isinstance(part, ast.Starred) for part in parts) or element >= len(parts):
+        return None
+    part = parts[element]
+    expression = getattr(part, str(side)) if isinstance(part, ast.Slice) else None
+    return (expression, None) if expression is not None else None
+
+
+def _own_attribute(expression: ast.expr) -> str:
+    """ "num_heads" for `self.num_heads`, else nothing."""
+    if isinstance(expression, ast.Attribute) and isinstance(expression.value, ast.Name):
+        return expression.attr if expression.value.id == "self" else ""
+    return ""
+
+
+# --- what each function's arguments count -----------------------------------------------------------------------------
+
+SHAPED = {"reshape": 1, "view": 1, "expand": 1, "unflatten": 2}
+"""Functions that state the shape of their result -> the first argument that does."""
+
+
+def _counted(trace: Trace, call: PythonCall, output: Any) -> Iterator[tuple[Path, Ids, bool]]:
+    """(argument, slots of the positions that it counts, is it negative)."""
+    if call.name in SHAPED and isinstance(output, Tensor):
+        yield from _shape(trace, call, output)
+    elif call.name == "split" and len(call.args) > 1:
+        yield from _split(trace, call, list(tensors_in(output)))
+    elif call.name == "__getitem__":
+        for axis, element, part in sliced_axes(call.args[0], call.args[1]):
+            label = trace.label(call.args[0])
+            if label is not None and axis in label.axes:
+                yield from ((p, ids, negative) for p, ids, negative in _bounds(element, part, label.axes[axis]))
+
+
+def _shape(trace: Trace, call: PythonCall, output: Tensor) -> Iterator[tuple[Path, Ids, bool]]:
+    label, first = trace.label(output), SHAPED[call.name]
+    if label is None or len(call.args) <= first:
+        return
+    start = call.args[1] % call.args[0].dim() if call.name == "unflatten" and isinstance(call.args[1], int) else 0
+    nested = isinstance(call.args[first], tuple | list)
+    sizes = call.args[first] if nested else call.args[first:]
+    for i, size in enumerate(sizes):
+        ids = label.axes.get(start + i)
+        if ids is not None and isinstance(size, int) and size == len(ids):
+            yield ((first, i) if nested else (first + i,)), ids, False
+
+
+def _split(trace: Trace, call: PythonCall, parts: list[Tensor]) -> Iterator[tuple[Path, Ids, bool]]:
+    stated, dim = call.args[1], call.kwargs.get("dim", call.args[2] if len(call.args) > 2 else 0)
+    for i, part in enumerate(parts if isinstance(stated, tuple | list) else parts[:1]):
+        label = trace.label(part)
+        ids = label.axes.get(dim % part.dim()) if label else None
+        if ids is not None:
+            yield ((1, i) if isinstance(stated, tuple | list) else (1,)), ids, False
+
+
+def sliced_axes(x: Tensor, index: Any) -> Iterator[tuple[int, int, slice]]:
+    """(axis, position in the index, slice) of each slice of `x[index]`."""
+    parts = index if isinstance(index, tuple) else (index,)
+    taken = sum(part is not None and part is not Ellipsis for part in parts)
+    axis = 0
+    for position, part in enumerate(parts):
+        if part is Ellipsis:
+            axis += x.dim() - taken
+        elif part is not None:
+            if isinstance(part, slice):
+                yield axis, position, part
+            axis += 1
+
+
+def _bounds(element: int, part: slice, ids: Ids) -> Iterator[tuple[Path, Ids, bool]]:
+    for side, bound in (("lower", part.start), ("upper", part.stop)):
+        if isinstance(bound, int) and bound != 0 and abs(bound) <= len(ids):
+            yield (element, side), (ids[:bound] if bound > 0 else ids[bound:]), bound < 0

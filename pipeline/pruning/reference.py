@@ -1,0 +1,130 @@
+"""The masked reference: the dense network as it computes when the removed channels are not there.
+
+While it runs, labels go along (`models.trace`), so each operation knows which positions of its operands are removed. A
+contraction reads zeros there; an operation that takes a statistic over channels (LayerNorm, a softmax over channels) takes
+it over those that are kept. Whatever the removed channels still compute (a sigmoid makes 0.5 of 0), nothing sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from pipeline.models.trace.labels import Ids, Label, Slots
+from pipeline.models.trace.table import Call, find, tensors_in
+from pipeline.models.trace.tracer import Operations, PythonCalls, Trace, module_stack
+from pipeline.pruning.plan import Plan
+from pipeline.pruning.surgery import check_plan
+
+Removed = dict[tuple[str, int], NDArray[np.bool_]]
+"""(tensor, dimension) -> which of its entries are removed."""
+
+
+def mask(model: nn.Module, plan: Plan) -> Masked:
+    """`model` without the contribution of the removed channels, all shapes as they are: the reference of a cut.
+
+    Raises:
+        PlanMismatch: the plan was made for another network.
+    """
+    check_plan(model, plan)
+    return Masked(model, plan)
+
+
+class Masked(nn.Module):
+    """Runs the dense network, which it holds and does not change, as if the removed channels were not there."""
+
+    def __init__(self, model: nn.Module, plan: Plan) -> None:
+        super().__init__()
+        self.model = model
+        self._heads = plan.heads
+        self._removed: Removed = {}
+        for name, dims in plan.slices().items():
+            for dim, kept in dims.items():
+                gone = np.ones(plan.shapes[name][dim], dtype=bool)
+                gone[kept.numpy()] = False
+                self._removed[name, dim] = gone
+
+    @torch.no_grad()
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        trace = Trace(self.model, self._heads)
+        with module_stack(self.model, trace), PythonCalls(trace, sizes=False), _KeptOnly(trace, self._removed):
+            return self.model(*inputs, **named)
+
+
+class _KeptOnly(Operations):
+    """Runs each operation without the removed positions, where that makes a difference."""
+
+    def __init__(self, trace: Trace, removed: Removed) -> None:
+        super().__init__(trace)
+        self._removed = removed
+        self._gone: NDArray[np.bool_] = np.zeros(0, dtype=bool)
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        _, rule = find(func._schema.name)
+        if rule is not None and rule.kind == "contract":
+            args, kwargs = tree_map_only(Tensor, self._zeroed, (args, kwargs))
+        out = func(*args, **kwargs)
+        call = Call(func, args, kwargs, out)
+        labels = {id(tensor): self.trace.label(tensor) for tensor in call.tensors}
+        self.follow(call)
+        if self.trace.mixes:
+            self._over_kept(call, labels, rule.resize if rule else None)
+        return out
+
+    def _zeroed(self, x: Tensor) -> Tensor:
+        """Computed values with zeros in the place of removed channels; weights stay, since what they read is zero."""
+        label = self.trace.label(x)
+        if label is None or label.source is not None:
+            return x
+        result = x
+        for axis, ids in label.axes.items():
+            gone = self._is_gone(ids)
+            if gone.any():
+                result = result.index_fill(axis, torch.from_numpy(gone.nonzero()[0]).to(x.device), 0)
+        if result is not x:
+            self.trace.put(result, label)
+        return result
+
+    def _over_kept(
+        self, call: Call, labels: dict[int, Label | None], resize: Callable[[dict[str, Any]], dict[str, Any]] | None
+    ) -> None:
+        """Run the operation once more on what is kept, and write the results over those that it gave."""
+
+        def taken(x: Tensor) -> Tensor:
+            for axis, kept in self._kept(labels.get(id(x)), x).items():
+                x = x.index_select(axis, kept)
+            return x
+
+        bound = tree_map_only(Tensor, taken, call.bound)
+        args, kwargs = call.arguments(resize(bound) if resize else bound)
+        for out, result in zip(call.outputs, tensors_in(call.func(*args, **kwargs)), strict=True):
+            for axis, kept in self._kept(self.trace.label(out), out).items():
+                shape = [*result.shape[:axis], out.shape[axis], *result.shape[axis + 1 :]]
+                result = result.new_zeros(shape).index_copy_(axis, kept, result)
+            out.copy_(result)
+
+    def _kept(self, label: Label | None, x: Tensor) -> dict[int, Tensor]:
+        """Axis -> positions that stay, of the axes that lose any."""
+        found = {}
+        for axis, ids in label.axes.items() if label else ():
+            gone = self._is_gone(ids)
+            if gone.any():
+                found[axis] = torch.from_numpy((~gone).nonzero()[0]).to(x.device)
+        return found
+
+    def _is_gone(self, ids: Ids) -> NDArray[np.bool_]:
+        """bool by position: does the slot belong to a removed channel?"""
+        slots: Slots = self.trace.slots
+        if len(self._gone) != slots.count:  # dimensions get their slots on first use
+            parts = [self._removed.get(key, np.zeros(size, dtype=bool)) for key, size in slots.sizes()]
+            self._gone = np.concatenate([np.zeros(1, dtype=bool), *parts])
+        return self._gone[ids]
