@@ -35,7 +35,7 @@ from pipeline.pruning.plan import Plan
 from pipeline.pruning.surgery import named_tensors
 from pipeline.pruning.verify import CutMismatch, verify
 
-FORMAT = "pruned-network/1"
+FORMAT = "pruned-network/2"
 WEIGHTS, ARCHITECTURE, README, LOADER = "model.safetensors", "architecture.json", "README.md", "load.py"
 
 
@@ -165,6 +165,7 @@ def _spec(
         "factory_kwargs": kwargs,
         "shapes": {n: list(t.shape) for n, t in tensors.items() if t.shape != dense_tensors[n].shape},
         "attributes": _changed_attributes(model, dense),
+        "functions": {name: edits for name, module in model.named_modules() if (edits := standalone.edits_of(module))},
         "tied": _tied({name: t for name, t in tensors.items() if name in persistent | changed}),
         "buffers": sorted(changed),
         "input_size": list(size) if size else None,
@@ -331,7 +332,7 @@ def architecture(path: str | Path) -> dict[str, Any]:
     if not isinstance(spec, dict) or spec.get("format") != FORMAT:
         found = spec.get("format") if isinstance(spec, dict) else type(spec).__name__
         raise ArtifactError(f"{path}/{ARCHITECTURE} has format {found!r}, this version reads {FORMAT!r}.")
-    needed = {"factory", "factory_kwargs", "shapes", "attributes", "tied", "buffers", "weights_sha256"}
+    needed = {"factory", "factory_kwargs", "shapes", "attributes", "functions", "tied", "buffers", "weights_sha256"}
     if not needed <= set(spec):
         raise ArtifactError(f"{path}/{ARCHITECTURE} lacks {', '.join(sorted(needed - set(spec)))}. Export it again.")
     return spec

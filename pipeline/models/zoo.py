@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pipeline.models.modes import eval_mode
+from pipeline.models.standalone import open_attention_
 
 
 class ModelError(ValueError):
@@ -52,7 +53,7 @@ def build(
     if class_subset is not None:
         keep_classes_(model, class_subset)
     require_finite(model, name)
-    return model
+    return open_attention_(model)
 
 
 def _from_timm(name: str, pretrained: bool, kwargs: dict[str, Any]) -> nn.Module:

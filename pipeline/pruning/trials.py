@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,7 +98,9 @@ def try_cuts(
         passed = 0
         more = needed(model, failure, [size for size in candidates if size not in graph.sizes])
         if more:
-            graph = replace(graph, sizes=(*graph.sizes, *more))
+            harmless = _harmless(bench, graph, more)
+            candidates = tuple(size for size in candidates if size not in more or size in harmless)
+            graph = replace(graph, sizes=(*graph.sizes, *harmless))
             continue
         guilty = _guilty(bench, graph, kept)
         candidates = tuple(c for c in (size.without(guilty) for size in candidates) if c.channels)
@@ -120,6 +123,20 @@ def needed(model: nn.Module, failure: Failure, sizes: Sequence[Size]) -> list[Si
             if found:
                 return found
     return list(sizes)
+
+
+def _harmless(bench: Bench, graph: Graph, sizes: Sequence[Size]) -> list[Size]:
+    """Those that leave the dense network as it is: what a place states may also depend on the number of rows."""
+
+    def passes(tried: Sequence[Size]) -> bool:
+        return bench.keeps_dense(planned(replace(graph, sizes=(*graph.sizes, *tried)), {}))
+
+    if passes(sizes):
+        return list(sizes)
+    by_place: dict[tuple[Any, ...], list[Size]] = {}
+    for size in sizes:
+        by_place.setdefault((size.functions, size.line, size.column, size.text), []).append(size)
+    return [size for same in by_place.values() if passes(same) for size in same]
 
 
 def random_subsets(graph: Graph, *, seed: int, trial: int = 0) -> dict[str, tuple[int, ...]]:
@@ -246,6 +263,7 @@ class Bench:
                 problems.append(f"{setting.dtype}, {setting.num_rows or 'own'} rows: {_first_line(error)}")
                 continue
             if outputs and all(bool(t.isfinite().all()) for t in outputs) and any(bool(t.any()) for t in outputs):
+                self.outputs = outputs
                 return
             problems.append(f"{setting.dtype}, {setting.num_rows or 'own'} rows: outputs are not finite, or all zero")
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
@@ -280,6 +298,13 @@ class Bench:
         return Failure(
             f"the cut network differs from the masked one by {difference.max_rel:.2g} of the largest output", where
         )
+
+    def keeps_dense(self, plan: Plan) -> bool:
+        """Does a plan that removes nothing leave the outputs as they are?"""
+        try:
+            return compare(self._run(cut(self.model, plan)), self.outputs, rows=1).max_rel <= self.tolerance
+        except Exception:
+            return False
 
     @torch.no_grad()
     def _run(self, model: nn.Module) -> list[Tensor]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pipeline.models.graph import Graph, Site
 from pipeline.models.modes import eval_mode
+from pipeline.saliency.calls import in_calls
 
 GATE_KINDS = ("gate_sum", "gate_abs", "gate_square", "gate_fourth")
 WEIGHT_KINDS = ("grad_sum", "grad_abs", "grad_square")
@@ -35,6 +37,8 @@ INPUT_KINDS = ("input_sum", "input_square", "input_count")
 HALF = (torch.float16, torch.bfloat16)
 
 Tap = Callable[[Tensor, Tensor], None]
+SiteOf = tuple[str, int, Site]
+"""Group, position among its consumers, and the consumer."""
 
 
 class SaliencyError(ValueError):
@@ -162,9 +166,9 @@ class GateStatistics:
         views = self._terms_NA.split(sizes, dim=1) if sizes else ()
         self._terms = {group.name: view for group, view in zip(self.graph.groups, views, strict=True)}
         self._tapped, self._inputs = set(), {}
-        handles = self._install()
+        handles, calls = self._install()
         try:
-            with torch.enable_grad():
+            with torch.enable_grad(), calls:
                 logits = self.model(images_NCHW)
                 logits = logits.float() if logits.dtype in HALF else logits
                 loss = F.cross_entropy(logits, labels_N, reduction="sum")
@@ -200,22 +204,30 @@ class GateStatistics:
                     "Give the network batch-first inputs, or freeze the group with Graph.without."
                 )
 
-    def _install(self) -> list[RemovableHandle]:
-        """One hook per consumer module, whichever groups it reads."""
-        taps: dict[str, list[tuple[str, int, Site]]] = {}
+    def _install(self) -> tuple[list[RemovableHandle], AbstractContextManager[Any]]:
+        """One hook per consumer module, whichever groups it reads; a mode for the calls that modules make by themselves."""
+        taps: dict[str, list[SiteOf]] = {}
+        calls: dict[tuple[str, int], dict[int, list[SiteOf]]] = {}
         for group in self.graph.groups:
             for i, site in enumerate(group.consumers):
-                taps.setdefault(site.module, []).append((group.name, i, site))
+                if site.call is None:
+                    taps.setdefault(site.module, []).append((group.name, i, site))
+                else:
+                    call, operand = site.call
+                    calls.setdefault((site.module, call), {}).setdefault(operand, []).append((group.name, i, site))
         modules = dict(self.model.named_modules())
-        handles = [modules[name].register_forward_pre_hook(self._hook(sites)) for name, sites in taps.items()]
+        # What runs before the first layer's own hooks counts for the layer around it: `in_calls` installs first.
+        mode, handles = in_calls(modules, calls, self._gated) if calls else (nullcontext(), [])
+        handles += [modules[name].register_forward_pre_hook(self._hook(sites)) for name, sites in taps.items()]
         if self.inputs:
             handles += [
                 module.register_forward_pre_hook(_input_hook(name, self._inputs))
                 for name, module in contractions(self.model, self.graph).items()
             ]
-        return handles
+        return handles, mode
 
-    def _hook(self, sites: list[tuple[str, int, Site]]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def _gated(self, x: Tensor, sites: list[SiteOf]) -> Tensor:
+        """x behind a gate that adds its terms to the groups whose channels end here."""
         axis = sites[0][2].axis
 
         def tap(x: Tensor, grad: Tensor) -> None:
@@ -224,15 +236,18 @@ class GateStatistics:
                 self._terms[group] += terms_NF[:, self._indices[group, i]].sum(-1)
                 self._tapped.add(group)
 
+        if not x.requires_grad:  # below the first gate nothing needs a gradient: start the tape here
+            x = x.detach().requires_grad_()
+        return _Gate.apply(x, tap, self._copy)  # type: ignore[no-any-return]
+
+    def _hook(self, sites: list[SiteOf]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            x = args[0]
-            if not x.requires_grad:  # below the first gate nothing needs a gradient: start the tape here
-                x = x.detach().requires_grad_()
-            return (_Gate.apply(x, tap, self._copy), *args[1:])
+            with torch._C.DisableTorchFunction():
+                return (self._gated(args[0], sites), *args[1:])
 
         return hook
 
-    def _by_row(self, terms: Tensor, site: tuple[str, int, Site]) -> Tensor:
+    def _by_row(self, terms: Tensor, site: SiteOf) -> Tensor:
         """[rows * k, F] -> [rows, F]: windows and patches that were folded into the batch belong to their row."""
         group = site[0]
         num_rows = len(self._terms[group])
@@ -270,14 +285,14 @@ def contractions(model: nn.Module, graph: Graph) -> dict[str, nn.Module]:
 
 def _input_hook(name: str, sums: dict[str, Tensor]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        x = args[0].detach()
-        x = x.float() if x.dtype in HALF else x
-        axis = x.dim() - 1 if isinstance(module, nn.Linear) else 1
-        other = [dim for dim in range(x.dim()) if dim != axis]
-        count = torch.tensor(x.numel() // x.shape[axis], dtype=torch.int64)
-        for kind, value in zip(
-            INPUT_KINDS, (x.sum(other).double(), x.square().sum(other).double(), count), strict=True
-        ):
+        with torch._C.DisableTorchFunction():  # what a hook calls is no call of the network's
+            x = args[0].detach()
+            x = x.float() if x.dtype in HALF else x
+            axis = x.dim() - 1 if isinstance(module, nn.Linear) else 1
+            other = [dim for dim in range(x.dim()) if dim != axis]
+            count = torch.tensor(x.numel() // x.shape[axis], dtype=torch.int64)
+            moments = (x.sum(other).double(), x.square().sum(other).double(), count)
+        for kind, value in zip(INPUT_KINDS, moments, strict=True):
             key = f"{kind}/{name}"
             sums[key] = sums[key] + value if key in sums else value  # a module may be called twice
 

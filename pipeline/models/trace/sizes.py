@@ -17,6 +17,7 @@ from types import CodeType, FrameType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from pipeline.models.standalone import original_class
 from pipeline.models.trace.labels import Ids
@@ -62,7 +63,7 @@ class PythonCall:
 
     @cached_property
     def tensors(self) -> list[Tensor]:
-        return list(tensors_in((self.args, self.kwargs)))
+        return [value for value in tree_leaves((self.args, self.kwargs)) if isinstance(value, Tensor)]
 
     def stated(self, trace: Trace, output: Any) -> Iterator[Stated]:
         """Sizes that this call has stated, now that it is done and the labels of its results are known."""
@@ -75,9 +76,17 @@ class PythonCall:
             found = _argument(node, path, len(self.args))
             if found is not None:
                 expression, element = found
-                text, owner = ast.unparse(expression), _own_attribute(expression)
+                text = ast.unparse(expression)
                 at = (expression.lineno - first, expression.col_offset)
-                yield Stated(module, functions, *at, text, owner, element, tuple(ids.tolist()), negative)
+                own = _own_attribute(expression) or self._factor(trace, module, expression, len(ids))
+                yield Stated(module, functions, *at, text, own, element, tuple(ids.tolist()), negative)
+
+    def _factor(self, trace: Trace, path: str, expression: ast.expr, size: int) -> str:
+        """The attribute in `B * self.num_heads` that is as large as the whole, of one row: the number of rows may change."""
+        module = next(f.module for f in reversed(trace.stack) if f.path == path)
+        names = {_own_attribute(node) for node in ast.walk(expression) if isinstance(node, ast.Attribute)} - {""}
+        equal = [name for name in names if _is_number(getattr(module, name, None)) and getattr(module, name) == size]
+        return equal[0] if len(equal) == 1 else ""
 
     def resolves(self, trace: Trace, path: Path) -> bool:
         """Can the argument at `path` be found in the source?"""
@@ -183,6 +192,10 @@ def _own_attribute(expression: ast.expr) -> str:
     if isinstance(expression, ast.Attribute) and isinstance(expression.value, ast.Name):
         return expression.attr if expression.value.id == "self" else ""
     return ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 # --- what each function's arguments count -----------------------------------------------------------------------------
