@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline import artifacts
-from pipeline.export import artifact
-from pipeline.pruning.masks import channel_masks, load_masks, mask, masks_sha256
+from pipeline.export import artifact, onnx
+from pipeline.pruning.masks import channel_masks, load_masks, masks_sha256
+from pipeline.pruning.reference import mask
 from pipeline.pruning.surgery import cut
 from pipeline.pruning.verify import verify
 from pipeline.run import Run
@@ -38,3 +39,7 @@ def check_run(run: Run) -> Iterator[str]:
         )
     model = artifact.load(run.path("model"))
     yield f"model: {sum(p.numel() for p in model.parameters()):,} parameters, loads without pickle"
+    for file, check in (("model.onnx", onnx.check_onnx), ("model.pt2", onnx.check_program)):
+        path = run.path("model", file)
+        if artifacts.exists(path):
+            yield f"{file}: equals the model on a row (relative {check(path, model, images[:1]).max_rel:.2g})"

@@ -267,6 +267,15 @@ class EvaluateConfig(Section):
     """Repetitions; the median is reported."""
 
 
+class ExportConfig(Section):
+    """The pruned network for other runtimes, beside the artifact in RUN/model."""
+
+    onnx: bool = False
+    """Write model.onnx, and measure ONNX Runtime's latency of the dense and the pruned network. Needs the extra `export`."""
+    program: bool = False
+    """Write model.pt2, a torch.export program."""
+
+
 class WorkersConfig(Section):
     """How much of the cluster to use. The result of a data pass depends on `device` and `threads` alone; training also on
     `num_workers`, by rounding and by the rows that one batch norm sees."""
@@ -303,6 +312,7 @@ class RunConfig(Section):
     calibrate: CalibrateConfig = Field(default_factory=CalibrateConfig)
     recover: TrainingConfig = Field(default_factory=lambda: TrainingConfig(epochs=3, distill_weight=0.7))
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
+    export: ExportConfig = Field(default_factory=ExportConfig)
     workers: WorkersConfig = Field(default_factory=WorkersConfig)
     seed: int = 0
     """Seed of initial weights, training order and augmentation."""

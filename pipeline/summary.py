@@ -31,7 +31,7 @@ def summarise(run: Run) -> dict[str, Any]:
     config = run.config
     return {
         "model": config.model.name,
-        "dense": {**_accuracy(before, "dense"), **_costs(run, None), "latency_ms": _latency(run, "dense")},
+        "dense": {**_accuracy(before, "dense"), **_costs(run, None), **_latencies(run, "dense")},
         "pruned": _network(run, before, after, "ours"),
         "controls": {
             name: {**_network(run, before, after, name), "scope": _scope(run, name)}
@@ -72,7 +72,7 @@ def summarise(run: Run) -> dict[str, Any]:
 def _network(run: Run, before: Any, after: Any, name: str) -> dict[str, Any]:
     top1_before = _accuracy(before, name)["top1"]
     accuracy = {"top1_before_recovery": top1_before, **_accuracy(after, name)}
-    return {**accuracy, **_costs(run, name), "latency_ms": _latency(run, name)}
+    return {**accuracy, **_costs(run, name), **_latencies(run, name)}
 
 
 def _accuracy(evaluation: Any, name: str) -> dict[str, Any]:
@@ -147,9 +147,14 @@ def _frozen(run: Run) -> list[dict[str, Any]]:
     ]
 
 
-def _latency(run: Run, name: str) -> dict[str, float]:
-    found = _read(run, "latency.json")
-    return {batch: models[name]["median_ms"] for batch, models in found["batch"].items()} if found else {}
+def _latencies(run: Run, name: str) -> dict[str, dict[str, float]]:
+    """By batch size; a control is not timed with ONNX Runtime."""
+    files = {"latency_ms": "latency.json", "onnx_latency_ms": "onnx_latency.json"}
+    batches = {key: (_read(run, file) or {}).get("batch", {}) for key, file in files.items()}
+    return {
+        key: {size: models[name]["median_ms"] for size, models in by_size.items() if name in models}
+        for key, by_size in batches.items()
+    }
 
 
 def _saliency(run: Run) -> dict[str, Any]:

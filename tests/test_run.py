@@ -11,6 +11,7 @@ import signal
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -22,11 +23,13 @@ from safetensors.torch import save_file
 
 from pipeline import artifacts, stages
 from pipeline.artifacts import StaleArtifact
+from pipeline.checks import check_run
 from pipeline.config import (
     BudgetConfig,
     CalibrateConfig,
     DataConfig,
     EvaluateConfig,
+    ExportConfig,
     MasksConfig,
     ModelConfig,
     RunConfig,
@@ -163,6 +166,39 @@ def test_a_finished_run_does_nothing_again(undisturbed: Run, rows: str):
     stages.run_all(again)
     assert hashes(again) == hashes(undisturbed)
     assert again._pool is None
+
+
+def test_a_finished_run_goes_on_to_other_runtimes(
+    undisturbed: Run, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pipeline.training.latency.WARMUP_S", 0.0)
+    shutil.copytree(undisturbed.dir, tmp_path / "run")
+    done = set(undisturbed.manifest.stages)
+    wanted = config(rows, tmp_path / "run", export=ExportConfig(onnx=True, program=True))
+    for _ in range(2):
+        run = Run(wanted)
+        run._pool = SimpleNamespace(call=lambda function, *args: function(*args))  # a worker in this process
+        stages.run_all(run)
+    assert set(run.manifest.stages) - done == {"onnx-latency", "export-onnx", "export-program"}
+    assert {record.attempts for record in run.manifest.stages.values()} == {1}
+    summary = write_report(run)
+    assert [set(summary[name]["onnx_latency_ms"]) for name in ("dense", "pruned")] == [{"1", "2"}, {"1", "2"}]
+    assert summary["controls"]["random"]["onnx_latency_ms"] == {}
+    lines = list(check_run(run))
+    assert [line.split(" on a row")[0] for line in lines[-2:]] == [
+        "model.onnx: equals the model",
+        "model.pt2: equals the model",
+    ]
+
+
+def test_packages_that_are_missing_show_at_once(
+    ray_cluster: None, rows: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("pipeline.export.onnx.find_spec", lambda name: None)
+    run = Run(config(rows, tmp_path, export=ExportConfig(onnx=True)))
+    with pytest.raises(ValueError, match=r"gradient-pruning-pipeline\[export\]"):
+        stages.check_early(run)
+    stages.check_early(Run(config(rows, tmp_path, export=ExportConfig(program=True))))
 
 
 def test_a_report_of_half_a_run_leaves_open_what_is_not_known(undisturbed: Run, rows: str, tmp_path: Path):

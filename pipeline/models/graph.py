@@ -191,7 +191,7 @@ class Graph:
         kept = tuple(group for group in self.groups if group.name not in names)
         moved = tuple(names[group.name] for group in self.groups if group.name in names)
         sizes = tuple(size.without(names) for size in self.sizes)
-        return replace(self, groups=kept, frozen=self.frozen + moved, sizes=tuple(s for s in sizes if s.channels))
+        return replace(self, groups=kept, frozen=self.frozen + moved, sizes=sizes)
 
     def to_json(self) -> str:
         """Canonical text: sorted keys, no spaces; the same graph gives the same text in every process."""

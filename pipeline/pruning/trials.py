@@ -103,7 +103,7 @@ def try_cuts(
             graph = replace(graph, sizes=(*graph.sizes, *harmless))
             continue
         guilty = _guilty(bench, graph, kept)
-        candidates = tuple(c for c in (size.without(guilty) for size in candidates) if c.channels)
+        candidates = tuple(size.without(guilty) for size in candidates)
         graph, trial = replace(graph.without(guilty), sizes=()), trial + 1
     return graph
 

@@ -13,7 +13,16 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.report import plots, text
-from pipeline.report.numbers import ClassAccuracy, FrozenGroup, Network, Summary, batch_sizes, complete, networks
+from pipeline.report.numbers import (
+    ClassAccuracy,
+    FrozenGroup,
+    Network,
+    Summary,
+    batch_sizes,
+    complete,
+    networks,
+    onnx_batch_sizes,
+)
 
 MOST_ROWS = 100
 """Longer tables are cut here; summary.json has every row."""
@@ -122,6 +131,8 @@ def findings(summary: Summary) -> list[str]:
             f"Cut and masked dense network, compared on {text.whole(verify['rows'])} rows: outputs differ by at "
             f"most {text.small(verify['max_abs_diff'])} (relative {text.small(verify['max_rel_diff'])})."
         )
+    if onnx_batch_sizes(summary):
+        found.append("ONNX Runtime was timed on the CPU, with as many threads as a worker has.")
     return [*found, *_settled(summary), *_masked(summary)]
 
 
@@ -211,7 +222,8 @@ class Cell:
 
 
 def comparison(summary: Summary) -> list[tuple[str, list[Cell]]]:
-    """Rows of the table dense | controls | ours. Latencies come right below the MACs, also where none was measured."""
+    """Rows of the table dense | controls | ours. Latencies come right below the MACs, also where none was measured, and ONNX Runtime's
+    below them where they were."""
     columns = networks(summary)
     dense = columns[0]
     rest = columns[1:]
@@ -224,11 +236,17 @@ def comparison(summary: Summary) -> list[tuple[str, list[Cell]]]:
         ("MACs of one row", [_cost(n, n.macs, dense.macs, text.count(n.macs)) for n in columns]),
     ]
     sizes = batch_sizes(summary)
-    for size in sizes:
-        times = [(n, n.latency_ms.get(size)) for n in columns]
-        reference = dense.latency_ms.get(size)
-        rows.append((f"latency, batch {size}", [_cost(n, ms, reference, text.milliseconds(ms)) for n, ms in times]))
-    return rows if sizes else [*rows, ("latency", [Cell(text.MISSING, text.NOT_MEASURED) for _ in columns])]
+    rows += [(f"latency, batch {size}", _times(columns, [n.latency_ms.get(size) for n in columns])) for size in sizes]
+    if not sizes:
+        rows.append(("latency", [Cell(text.MISSING, text.NOT_MEASURED) for _ in columns]))
+    for size in onnx_batch_sizes(summary):
+        rows.append((f"ONNX, batch {size}", _times(columns, [n.onnx_latency_ms.get(size) for n in columns])))
+    return rows
+
+
+def _times(columns: Sequence[Network], milliseconds: Sequence[float | None]) -> list[Cell]:
+    """The dense network's stands first."""
+    return [_cost(n, ms, milliseconds[0], text.milliseconds(ms)) for n, ms in zip(columns, milliseconds, strict=True)]
 
 
 def _accuracy(value: float | None, dense: float | None) -> Cell:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, cast
+from typing import Any, Literal, TypedDict, cast
 
 
 class Measured(TypedDict):
@@ -19,6 +19,8 @@ class Measured(TypedDict):
     params: int | None
     macs: int | None
     latency_ms: dict[str, float | None]
+    onnx_latency_ms: dict[str, float | None]
+    """With ONNX Runtime on the CPU, whatever device `latency_ms` was measured on."""
 
 
 class Pruned(Measured):
@@ -166,6 +168,7 @@ class Summary(TypedDict):
 
 _MEASURED = ("top1", "top5", "loss", "agreement", "params", "macs")
 _PRUNED = ("top1_before_recovery", *_MEASURED)
+_LATENCIES = ("latency_ms", "onnx_latency_ms")
 _PASS = ("commits", "lost_workers", "resumed_units")
 _CONTROLS = ("random", "magnitude")
 _SECTIONS: dict[str, tuple[str, ...]] = {
@@ -208,7 +211,7 @@ def complete(given: Mapping[str, Any]) -> Summary:
     for name, keys in _SECTIONS.items():
         result[name] = _section(name, result.get(name), keys)
     for network in (result["dense"], result["pruned"]):
-        network["latency_ms"] = _latency(network.get("latency_ms"))
+        network.update(_latencies(network))
     controls = _mapping("controls", result.get("controls"))
     result["controls"] = {
         name: _control(f"controls.{name}", controls.get(name)) for name in dict.fromkeys((*_CONTROLS, *controls))
@@ -253,6 +256,7 @@ class Network:
     params: int | None
     macs: int | None
     latency_ms: dict[str, float | None]
+    onnx_latency_ms: dict[str, float | None]
     scope: str | None = None
 
     @property
@@ -282,13 +286,22 @@ def networks(summary: Summary) -> list[Network]:
 
 def batch_sizes(summary: Summary) -> list[str]:
     """Batch sizes at which a latency was measured, smallest first."""
+    return _sizes(summary, "latency_ms")
+
+
+def onnx_batch_sizes(summary: Summary) -> list[str]:
+    """The same of ONNX Runtime."""
+    return _sizes(summary, "onnx_latency_ms")
+
+
+def _sizes(summary: Summary, key: Literal["latency_ms", "onnx_latency_ms"]) -> list[str]:
     every = [summary["dense"], summary["pruned"], *summary["controls"].values()]
-    sizes = {size for network in every for size, value in network["latency_ms"].items() if value is not None}
+    sizes = {size for network in every for size, value in network[key].items() if value is not None}
     return sorted(sizes, key=lambda size: (int(size) if size.isdigit() else math.inf, size))
 
 
 def _network(name: str, kind: str, values: Mapping[str, Any]) -> Network:
-    rest: dict[str, Any] = {key: values.get(key) for key in (*_MEASURED[1:], "latency_ms", "scope")}
+    rest: dict[str, Any] = {key: values.get(key) for key in (*_MEASURED[1:], *_LATENCIES, "scope")}
     return Network(name, kind, values.get("top1_before_recovery"), values["top1"], **rest)
 
 
@@ -319,13 +332,14 @@ def _section(path: str, value: Any, keys: Sequence[str]) -> dict[str, Any]:
 
 def _control(path: str, value: Any) -> dict[str, Any]:
     control = _section(path, value, _PRUNED)
-    return {**control, "latency_ms": _latency(control.get("latency_ms"))}
+    return {**control, **_latencies(control)}
 
 
-def _latency(value: Any) -> dict[str, float | None]:
-    found = _mapping("latency_ms", value)
-    for size, milliseconds in found.items():
-        _check(f"latency_ms.{size}", milliseconds)
+def _latencies(network: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
+    found = {key: _mapping(key, network.get(key)) for key in _LATENCIES}
+    for key, times in found.items():
+        for size, milliseconds in times.items():
+            _check(f"{key}.{size}", milliseconds)
     return found
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pipeline import artifacts
 from pipeline.data.folder import require_same_classes
 from pipeline.data.units import Units
+from pipeline.export import onnx
 from pipeline.run import Run, environment
 from pipeline.stages.cutting import calibrate, cut_and_verify
 from pipeline.stages.masking import check_masks, mask_weights, require_maskable
 from pipeline.stages.planning import check_stop, kinds_needed, plan
-from pipeline.stages.results import evaluate_after, evaluate_before, export, latency
+from pipeline.stages.results import evaluate_after, evaluate_before, export, export_forms, latency, onnx_latency
 from pipeline.stages.scoring import curvature, score, trace_groups
 from pipeline.stages.training import dense, recover, training_order
 
@@ -39,6 +40,8 @@ def run_all(run: Run) -> None:
     evaluate_after(run)
     latency(run)
     export(run)
+    onnx_latency(run)
+    export_forms(run)
 
 
 def branch(old: Run, new: Run) -> None:
@@ -55,12 +58,14 @@ def branch(old: Run, new: Run) -> None:
 
 
 def check_early(run: Run) -> None:
-    """What would end the run after hours ends it now: names, paths, budgets, the network's size against the labels'."""
+    """What would end the run after hours ends it now: names, paths, budgets, packages, the network's size against the labels'."""
     config = run.config
     artifacts.probe_writable(run.dir)
     kinds_needed(run)
     check_masks(run)
     check_stop(run)
+    if config.export.onnx:
+        onnx.require_packages()
     _ = run.num_classes
     require_same_classes(run.train_rows, run.val_rows)
     Units(run.train_rows.row_groups, config.score.rows_per_unit, config.score.num_rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
@@ -10,7 +12,7 @@ from torch import nn
 
 from pipeline import artifacts
 from pipeline.data.units import Units
-from pipeline.export import artifact
+from pipeline.export import artifact, onnx
 from pipeline.run import Run
 from pipeline.stages.cutting import cut_inputs
 from pipeline.stages.planning import networks
@@ -70,14 +72,7 @@ def final_weights(run: Run) -> str:
 def latency(run: Run) -> None:
     """RUN/latency.json: forward times of the dense and the pruned network on a worker's device, measured in turns."""
     settings = run.config.evaluate
-    inputs = {
-        **cut_inputs(run),
-        "device": run.device,
-        "threads": run.config.workers.threads,
-        "batches": [1, settings.latency_batch],
-        "runs": settings.latency_runs,
-        "image_size": run.input.size,
-    }
+    inputs = {**_timing_inputs(run), "device": run.device}
 
     def work() -> None:
         models = {"dense": run.network("dense")}
@@ -90,10 +85,43 @@ def latency(run: Run) -> None:
     run.stage("latency", inputs, run.path("latency.json"), work)
 
 
+def onnx_latency(run: Run) -> None:
+    """RUN/onnx_latency.json: ONNX Runtime's times of the dense and the pruned network on a worker's CPU; if ONNX is asked for."""
+    if not run.config.export.onnx:
+        return
+    settings = run.config.evaluate
+
+    def work() -> None:
+        models = {"dense": run.network("dense"), "ours": run.network("ours-cut", plan="ours")}
+        found = run.pool.call(_measure_onnx, models, run.input.size, (1, settings.latency_batch), settings.latency_runs)
+        artifacts.write_json(run.path("onnx_latency.json"), found)
+
+    run.stage("onnx-latency", _timing_inputs(run), run.path("onnx_latency.json"), work)
+
+
+def _timing_inputs(run: Run) -> dict[str, Any]:
+    settings = run.config.evaluate
+    return {
+        **cut_inputs(run),
+        "threads": run.config.workers.threads,
+        "batches": [1, settings.latency_batch],
+        "runs": settings.latency_runs,
+        "image_size": run.input.size,
+    }
+
+
 def _measure(
     models: dict[str, nn.Module], size: int, batches: tuple[int, int], device: str, runs: int
 ) -> dict[str, Any]:
     return measure_latency(models, (3, size, size), batch_sizes=batches, device=torch.device(device), runs=runs)
+
+
+def _measure_onnx(models: dict[str, nn.Module], size: int, batches: tuple[int, int], runs: int) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as directory:
+        files = {name: f"{directory}/{name}.onnx" for name in models}
+        for name, model in models.items():
+            onnx.to_onnx(model, torch.zeros(1, 3, size, size), files[name])
+        return onnx.onnx_latency(files, (3, size, size), batch_sizes=batches, runs=runs)
 
 
 def export(run: Run) -> None:
@@ -121,6 +149,31 @@ def export(run: Run) -> None:
 
     inputs = {"weights": run.weights_sha256(weights), "plan": plan_.sha256()}
     run.stage("export", inputs, run.path("model"), work)
+
+
+FORMS = {"onnx": ("model.onnx", onnx.to_onnx), "program": ("model.pt2", onnx.to_program)}
+"""By field of the configuration's section `export`: the file in RUN/model, and what writes it."""
+
+
+def export_forms(run: Run) -> None:
+    """RUN/model/model.onnx, RUN/model/model.pt2: those that are asked for, each compared with the network."""
+    weights = final_weights(run)
+    inputs = {
+        "weights": run.weights_sha256(weights),
+        "plan": run.plan("ours").sha256(),
+        "image_size": run.input.size,
+    }
+    for form, (file, write) in FORMS.items():
+        if not getattr(run.config.export, form):
+            continue
+
+        def work(file: str = file, write: Callable[..., onnx.Exported] = write) -> None:
+            example = torch.zeros(1, 3, run.input.size, run.input.size)
+            found = write(run.network(weights, plan="ours"), example, run.path("model", file))
+            rows = "any number of rows" if found.open_batch else "one row at a time"
+            run.say(f"{file} takes {rows}; its outputs differ by at most {found.difference.max_rel:.2g} (relative)")
+
+        run.stage(f"export-{form}", inputs, run.path("model", file), work)
 
 
 def normalisation(run: Run) -> dict[str, Any]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,7 +48,8 @@ def measure_latency(
     for size in batch_sizes:
         images = torch.randn(size, *input_shape, generator=generator).to(device)
         images = images.contiguous(memory_format=memory_format)
-        by_batch[str(size)] = _in_turns(placed, images, runs, device)
+        forwards = {name: partial(_forward_ms, model, images, device) for name, model in placed.items()}
+        by_batch[str(size)] = in_turns(forwards, size, runs)
     return {
         "device": torch.cuda.get_device_name(device) if on_cuda else "cpu",
         "threads": torch.get_num_threads(),
@@ -57,17 +59,22 @@ def measure_latency(
 
 
 @torch.inference_mode()
-def _in_turns(models: Mapping[str, nn.Module], images: Tensor, runs: int, device: torch.device) -> dict[str, Any]:
-    for model in models.values():
+def in_turns(forwards: Mapping[str, Callable[[], float]], num_rows: int, runs: int) -> dict[str, Any]:
+    """Warm each up, then let them take turns. A forward returns its milliseconds.
+
+    Returns:
+        By name: median_ms, min_ms and max_ms of `runs` forwards, and rows_per_s.
+    """
+    for forward in forwards.values():
         started, count = time.perf_counter(), 0
         while count < MIN_WARMUP_RUNS or time.perf_counter() - started < WARMUP_S:
-            _forward_ms(model, images, device)
+            forward()
             count += 1
-    times: dict[str, list[float]] = {name: [] for name in models}
+    times: dict[str, list[float]] = {name: [] for name in forwards}
     for _ in range(runs):
-        for name, model in models.items():
-            times[name].append(_forward_ms(model, images, device))
-    return {name: _summary(values, len(images)) for name, values in times.items()}
+        for name, forward in forwards.items():
+            times[name].append(forward())
+    return {name: _summary(values, num_rows) for name, values in times.items()}
 
 
 def _summary(milliseconds: Sequence[float], rows: int) -> dict[str, float]:

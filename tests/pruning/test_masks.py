@@ -1,4 +1,4 @@
-"""Masks: what a masked network ignores, the bits of a packed mask, and the file."""
+"""Masks: the bits of a packed mask, and the file."""
 
 from __future__ import annotations
 
@@ -8,71 +8,25 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 
 from pipeline.artifacts import StorageError
 from pipeline.pruning.masks import (
     BrokenMasks,
     channel_masks,
     load_masks,
-    mask,
     masks_sha256,
     pack,
     save_masks,
     unpack,
 )
 from pipeline.pruning.plan import planned
-from pipeline.pruning.surgery import PlanMismatch, named_tensors
 from tests.graphs import chain
-from tests.pruning.networks import mixed, mixed_graph
 
 SHAPES = st.lists(st.integers(0, 5), max_size=4).map(tuple)
 
 
 def _random_mask(shape: tuple[int, ...], seed: int = 0) -> torch.Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < 0.5
-
-
-# --- the masked network ---------------------------------------------------------------------------------------------
-
-
-def test_mask_zeroes_rows_biases_and_the_columns_that_read_them():
-    model = nn.Sequential()
-    model.add_module("fc0", nn.Linear(2, 3))
-    model.add_module("fc1", nn.Linear(3, 2))
-    model.fc0.weight.data = torch.tensor([[1.0, 2.0], [3.0, 4.0], [5.0, 6.0]])
-    model.fc0.bias.data = torch.tensor([7.0, 8.0, 9.0])
-    model.fc1.weight.data = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]])
-    masked = mask(model, planned(chain(2, 3, 2), {"fc0": [0, 2]}))
-    assert masked.fc0.weight.tolist() == [[1.0, 2.0], [0.0, 0.0], [5.0, 6.0]]
-    assert masked.fc0.bias.tolist() == [7.0, 0.0, 9.0]
-    assert masked.fc1.weight.tolist() == [[1.0, 0.0, 3.0], [4.0, 0.0, 6.0]]
-    assert model.fc0.bias.tolist() == [7.0, 8.0, 9.0]
-
-
-def test_nothing_that_removed_channels_hold_reaches_the_output():
-    model, plan = mixed(), planned(mixed_graph(), {"stem": [0, 5], "a": [2, 3], "e": [1], "h": [3]})
-    images = torch.randn(2, 3, 4, 4)
-    expected = mask(model, plan)(images)
-    for group in plan.groups:
-        removed = torch.tensor(group.removed, dtype=torch.int64)
-        for member in group.members:
-            tensor = dict(named_tensors(model))[member.tensor]
-            tensor.data.index_fill_(member.dim, member.index_CK[removed].reshape(-1), 3.0)
-    assert torch.equal(mask(model, plan)(images), expected)
-
-
-def test_mask_keeps_shapes_buffers_and_modes():
-    model = mixed().train()
-    masked = mask(model, planned(mixed_graph(), {"stem": [0]}))
-    assert [(n, t.shape) for n, t in named_tensors(masked)] == [(n, t.shape) for n, t in named_tensors(model)]
-    assert torch.equal(masked.bn.running_mean, model.bn.running_mean)
-    assert masked.training
-
-
-def test_mask_refuses_a_plan_for_another_network():
-    with pytest.raises(PlanMismatch, match=r"stem\.weight"):
-        mask(mixed(width=10), planned(mixed_graph(), {"stem": [0]}))
 
 
 # --- bits -----------------------------------------------------------------------------------------------------------

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from pipeline.models.graph import Graph, Group, Member
-from pipeline.pruning.masks import mask
 from pipeline.pruning.plan import planned
+from pipeline.pruning.reference import mask
 from pipeline.pruning.surgery import PlanMismatch, cut, cut_slices, named_tensors
 from pipeline.pruning.verify import verify
 from tests.graphs import chain, index

@@ -111,6 +111,19 @@ def test_headline_has_no_macs_without_a_time():
     )
 
 
+def test_onnx_runtime_has_its_rows_below_the_latencies_only_where_it_was_measured():
+    rows = comparison(complete(digits()))
+    assert [row for row, _ in rows][-4:] == [
+        "latency, batch 1", "latency, batch 32", "ONNX, batch 1", "ONNX, batch 32",
+    ]  # fmt: skip
+    cells = [(cell.value, cell.note) for cell in rows[-1][1]]
+    assert cells == [("17.9 ms", ""), ("–", ""), ("–", ""), ("9.80 ms", "54.7 %")]
+    page = Page(render(digits())).text
+    assert "ONNX, batch 32" in page
+    assert "ONNX Runtime was timed on the CPU" in page
+    assert "ONNX" not in Page(render(resnet152())).text
+
+
 @pytest.mark.parametrize("name", [*SAMPLES])
 def test_a_latency_stands_right_below_the_macs(name):
     rows = comparison(complete(SAMPLES[name]()))

@@ -12,8 +12,10 @@ from tests.report.samples import SAMPLES, digits, sparse
 
 GOLDEN = {
     "model": None,
-    "dense": {"top1", "top5", "loss", "agreement", "params", "macs", "latency_ms"},
-    "pruned": {"top1_before_recovery", "top1", "top5", "loss", "agreement", "params", "macs", "latency_ms"},
+    "dense": {"top1", "top5", "loss", "agreement", "params", "macs", "latency_ms", "onnx_latency_ms"},
+    "pruned": {
+        "top1_before_recovery", "top1", "top5", "loss", "agreement", "params", "macs", "latency_ms", "onnx_latency_ms",
+    },
     "controls": {"random", "magnitude"},
     "saliency": {
         "criterion", "rows", "units", "workers", "sha256", "seconds", "rows_per_s", "skipped",
@@ -85,6 +87,7 @@ def test_unknown_keys_stay():
         ({"dense": {"params": "4.9 M"}}, r"dense\.params is '4\.9 M'; it is a number"),
         ({"controls": {"random": {"top1_before_recovery": -0.1}}}, r"controls\.random\.top1_before_recovery is -0\.1"),
         ({"dense": 3}, r"dense is 3; it is a mapping"),
+        ({"pruned": {"onnx_latency_ms": {"1": "fast"}}}, r"onnx_latency_ms\.1 is 'fast'; it is a number"),
         ({"stages": {"score": 1}}, r"stages is .*; it is a list"),
         ({"plan": {"groups": [{"name": "a", "size": 4, "kept": 5}]}}, r"0 <= kept <= size"),
         ({"plan": {"sha256": 12}}, r"plan\.sha256 is 12; it is text"),

@@ -27,6 +27,8 @@ def test_summary_table_of_a_whole_run():
     assert " ".join(lines[5].split()) == "top-1, recovered – – 96.94 % +0.27"
     macs = next(i for i, line in enumerate(lines) if line.startswith("MACs"))
     assert lines[macs + 1].startswith("latency, batch 1 ")
+    onnx = next(line for line in lines if line.startswith("ONNX, batch 32"))
+    assert " ".join(onnx.split()) == "ONNX, batch 32 17.9 ms – – 9.80 ms 54.7 %"
 
 
 @pytest.mark.parametrize("name", [*SAMPLES])

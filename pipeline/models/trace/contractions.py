@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 from torch import Tensor
 
 from pipeline.models.trace.labels import Ids, Label
@@ -64,23 +65,29 @@ def _by_groups(
 ) -> Ids | None:
     """Tie all that belongs to one convolution group; its channels pass through, so the weight does not consume them."""
     label, weights = trace.label(x), trace.label(weight)
-    read = label.axes.get(1) if label else None
-    if transposed or weights is None or weights.source is None:
-        why = "grouped transposed convolutions are not followed" if transposed else "the weight is computed"
+    read, width = (label.axes.get(1) if label else None), call.outputs[0].shape[1] // groups
+    own = weights.axes.get(0) if weights else None
+    if weights is None or weights.source is None:
+        if groups == x.shape[1] and own is None and weight.stride(0) == 0 and read is not None:
+            return np.repeat(read, width)  # one kernel for all channels, as often as there are channels
         for ids in (read, *(weights.axes.values() if weights else ())):
             if ids is not None:
-                trace.freeze(ids, call, why)
+                trace.freeze(ids, call, "the weight is computed")
         return None
-    if made is None or read is None:
-        for ids in (made, read):
+    written = own if transposed else made  # the weight's entries that go with a group, beside those that it reads
+    if written is None or read is None:
+        for ids in (made, own, read):
             if ids is not None:
                 trace.freeze_as(ids, label.note if label else None, call, NOT_A_CHANNEL)
         return made
-    written_GO, read_GI = made.reshape(groups, -1), read.reshape(groups, -1)
-    first = written_GO[:, 0]
-    for column in (*written_GO.T[1:], *read_GI.T):
+    first = written.reshape(groups, -1)[:, 0]
+    for column in (*written.reshape(groups, -1).T[1:], *read.reshape(groups, -1).T):
         trace.unite(first, column, call)
-    return made
+    if not transposed:
+        return made
+    if made is not None:  # one entry of each group's width, shared by all groups
+        trace.freeze(made, call, "a grouped transposed convolution goes by whole groups")
+    return np.repeat(first, width)
 
 
 @rule("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "aten::linear", kind="contract")

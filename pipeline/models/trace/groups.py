@@ -107,7 +107,7 @@ def _sizes(slots: Slots, stated: Sequence[Stated], channel_of: Mapping[int, tupl
         if len(meanings) > 1:
             continue
         ((channels, fixed, negative),) = meanings
-        if not channels:
+        if not channels and attribute:
             continue
         own = attribute if len(attributes[module, attribute, element]) == 1 else ""
         if element is not None and not own:

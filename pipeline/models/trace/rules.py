@@ -36,12 +36,13 @@ def like(trace: Trace, call: Call) -> None:
 
 
 @rule(
-    "aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty", "aten::new_empty_strided",
+    "aten::new_zeros", "aten::new_ones", "aten::new_full", "aten::new_empty", "aten::new_empty_strided", "aten::zeros",
+    "aten::ones", "aten::full", "aten::empty",
     kind="join",
 )  # fmt: skip
 def fresh(trace: Trace, call: Call) -> None:
-    """A fresh tensor of a stated shape depends on no value: it has no label."""
-    del trace, call
+    """A fresh tensor of a stated shape is the same everywhere: it may follow the channels that it meets."""
+    trace.set_same_everywhere(call.outputs[0])
 
 
 @rule("aten::fill", "aten::zero", kind="join")
@@ -74,7 +75,7 @@ def same(trace: Trace, call: Call) -> None:
 
 @rule(
     "aten::permute", "aten::transpose", "aten::t", "aten::numpy_T", "aten::unsqueeze", "aten::squeeze", "aten::expand",
-    "aten::flip", "aten::movedim", "aten::repeat",
+    "aten::flip", "aten::movedim", "aten::repeat", "aten::rot90",
     kind="move",
 )  # fmt: skip
 def move(trace: Trace, call: Call) -> None:
@@ -152,27 +153,45 @@ def part(trace: Trace, call: Call, text: str = "channels are taken by their posi
 
 @rule("aten::slice", kind="move")
 def slice_(trace: Trace, call: Call) -> None:
-    """Exact, where the source says where the slice begins and ends: surgery can change that."""
+    """Exact, where the source says where the slice begins and ends: surgery can change that. Elsewhere, one of n equal parts
+    may follow the number of channels (`x[:, : x.shape[1] // n]`) if they all lose the same."""
     label = trace.label(call["self"])
     ids = label.axes.get(call["dim"] % call["self"].dim()) if label else None
-    if ids is None or call["step"] == 1 and states_slice(trace, ids, call["start"] or 0, call["end"]):
+    if ids is None:
         trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
-    else:
+        return
+    start, stop, step = slice(call["start"], call["end"], call["step"]).indices(len(ids))
+    if step != 1 or not (states_slice(trace, ids, start, stop) or _tie_parts(trace, call, ids, start, stop)):
         part(trace, call)
+    else:
+        trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
 
 
-def states_slice(trace: Trace, ids: Ids, start: int, end: int | None) -> bool:
-    """Can the bounds of a slice of these channels be found in the source?"""
-    end = len(ids) if end is None else min(end, len(ids))
-    if (start, end) == (0, len(ids)):
-        return True
-    python = trace.python
-    if python is None or python.name != "__getitem__":
+def _tie_parts(trace: Trace, call: Call, ids: Ids, start: int, stop: int) -> bool:
+    """Tie the equal parts of which the slice is one; False if it is none."""
+    length = stop - start
+    if length <= 0 or len(ids) % length or start % length:
         return False
-    for axis, position, given in sliced_axes(python.args[0], python.args[1]):
-        label = trace.label(python.args[0])
+    parts = ids.reshape(-1, length)
+    for other in parts[1:]:
+        trace.unite(parts[0], other, call)
+    return True
+
+
+def states_slice(trace: Trace, ids: Ids, start: int, stop: int) -> bool:
+    """Can the bounds of a slice of these channels be found in the source?"""
+    python = trace.python
+    if (start, stop) == (0, len(ids)):
+        return True
+    if python is None or not python.tensors:
+        return False
+    x = python.tensors[0]
+    label = trace.label(x)
+    if python.name == "narrow" and len(python.args) == 4:
+        return label is not None and all(python.resolves(trace, (i,)) for i in (2, 3))
+    for axis, position, given in sliced_axes(x, python.args[1]) if python.name == "__getitem__" else ():
         there = label.axes.get(axis) if label else None
-        if there is not None and np.array_equal(there, ids) and given.indices(len(ids)) == (start, end, 1):
+        if there is not None and np.array_equal(there, ids) and given.indices(len(ids)) == (start, stop, 1):
             sides = [side for side, bound in (("lower", given.start), ("upper", given.stop)) if bound is not None]
             return all(python.resolves(trace, (position, side)) for side in sides)
     return False
@@ -190,7 +209,7 @@ def split(trace: Trace, call: Call) -> None:
     listed = call.name.endswith("with_sizes")
     if listed and python.name == "split" and all(python.resolves(trace, (1, i)) for i in range(len(parts))):
         trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
-    elif not listed and len(ids) % len(parts) == 0 and (python.name == "chunk" or python.resolves(trace, (1,))):
+    elif not listed and len(ids) % len(parts) == 0:
         rows = ids.reshape(len(parts), -1)
         for row in rows[1:]:
             trace.unite(rows[0], row, call)
@@ -405,12 +424,14 @@ def tied(trace: Trace, call: Call, plane: Tensor) -> Tensor:
     varying = [axis for axis, size in enumerate(small.shape) if size > 1]
     if len(varying) < 2:
         return small.expand(plane.shape)
-    free = varying[trace.free_axis([small.shape[axis] for axis in varying])]
+    free = trace.free_axis(varying, small.shape)
     first = small
     for axis in varying:
         if axis != free:
             first = first.narrow(axis, 0, 1)
     trace.unite(flat(first.expand(small.shape)), flat(small), call)
+    if trace.python is not None:
+        trace.python.tied |= {*varying} - {free}
     return first.expand(plane.shape)
 
 

@@ -13,9 +13,10 @@ import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from types import CodeType, FrameType
+from types import CodeType, FrameType, ModuleType
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -59,11 +60,22 @@ class PythonCall:
         self.args, self.kwargs = args, kwargs
         self.index = index
         """How many calls the running module has made before."""
+        self.tied: set[int] = set()
+        """Axes of the result into which channels were split, but by which they do not go."""
         self._frame = frame
 
     @cached_property
     def tensors(self) -> list[Tensor]:
         return [value for value in tree_leaves((self.args, self.kwargs)) if isinstance(value, Tensor)]
+
+    def stated_shape(self) -> list[Any]:
+        """The shape that a view states, by axis of its result; empty if it states none."""
+        first = SHAPED.get(self.name)
+        if first is None or len(self.args) <= first:
+            return []
+        given = self.args[first] if isinstance(self.args[first], tuple | list) else self.args[first:]
+        start = self.args[1] % self.args[0].dim() if self.name == "unflatten" and isinstance(self.args[1], int) else 0
+        return [None] * start + list(given)
 
     def stated(self, trace: Trace, output: Any) -> Iterator[Stated]:
         """Sizes that this call has stated, now that it is done and the labels of its results are known."""
@@ -73,8 +85,8 @@ class PythonCall:
             return
         module, functions, node, first = place
         for path, ids, negative in counted:
-            found = _argument(node, path, len(self.args))
-            if found is not None:
+            found = _argument(node, path, self._is_method(node))
+            if found is not None and not (isinstance(found[0], ast.Constant) and not ids.any()):
                 expression, element = found
                 text = ast.unparse(expression)
                 at = (expression.lineno - first, expression.col_offset)
@@ -84,19 +96,33 @@ class PythonCall:
     def _factor(self, trace: Trace, path: str, expression: ast.expr, size: int) -> str:
         """The attribute in `B * self.num_heads` that is as large as the whole, of one row: the number of rows may change."""
         module = next(f.module for f in reversed(trace.stack) if f.path == path)
-        names = {_own_attribute(node) for node in ast.walk(expression) if isinstance(node, ast.Attribute)} - {""}
+        if not (isinstance(expression, ast.BinOp) and isinstance(expression.op, ast.Mult)):
+            return ""
+        names = {_own_attribute(expression.left), _own_attribute(expression.right)} - {""}
         equal = [name for name in names if _is_number(getattr(module, name, None)) and getattr(module, name) == size]
         return equal[0] if len(equal) == 1 else ""
 
     def resolves(self, trace: Trace, path: Path) -> bool:
         """Can the argument at `path` be found in the source?"""
         place = self._place(trace)
-        return place is not None and _argument(place[2], path, len(self.args)) is not None
+        return place is not None and _argument(place[2], path, self._is_method(place[2])) is not None
+
+    def _is_method(self, node: ast.Call | ast.Subscript) -> bool:
+        """x.view(...), not torch.view(x, ...)."""
+        base = node.func.value if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) else None
+        root = base
+        while isinstance(root, ast.Attribute):
+            root = root.value
+        is_module = isinstance(root, ast.Name) and isinstance(self._frame.f_globals.get(root.id), ModuleType)
+        return base is not None and not is_module
 
     def _place(self, trace: Trace) -> tuple[str, tuple[str, ...], ast.Call | ast.Subscript, int] | None:
         frame: FrameType | None = self._frame
         assert frame is not None
-        node = _node(frame.f_code, frame.f_lasti)
+        position = list(frame.f_code.co_positions())[frame.f_lasti // 2]
+        while frame.f_code.co_name in COMPREHENSIONS and frame.f_back is not None:
+            frame = frame.f_back
+        node = _node(frame.f_code, position[1], position[3])
         names: list[str] = []
         while frame is not None and node is not None:
             code, owner = frame.f_code, frame.f_locals.get("self")
@@ -109,6 +135,9 @@ class PythonCall:
                 return path, tuple(names), node, functions[-1].__code__.co_firstlineno
             frame = frame.f_back
         return None
+
+
+COMPREHENSIONS = ("<genexpr>", "<listcomp>", "<dictcomp>", "<setcomp>")
 
 
 def _chain(cls: type, names: Sequence[str]) -> list[Any] | None:
@@ -124,14 +153,11 @@ def _missing() -> None:
 
 
 @lru_cache(maxsize=4096)
-def _node(code: CodeType, instruction: int) -> ast.Call | ast.Subscript | None:
-    """The call or subscription that the instruction belongs to: of all that there are, the one that ends where it ends."""
-    _, end_line, _, end_column = list(code.co_positions())[instruction // 2]
+def _node(code: CodeType, end_line: int | None, end_column: int | None) -> ast.Call | ast.Subscript | None:
+    """Of all calls and subscriptions in a function, the one that ends here."""
     for node in ast.walk(_tree(code) or ast.Module([], [])):
-        if isinstance(node, ast.Call | ast.Subscript) and (node.end_lineno, node.end_col_offset) == (
-            end_line,
-            end_column,
-        ):
+        ends = (getattr(node, "end_lineno", None), getattr(node, "end_col_offset", None)) == (end_line, end_column)
+        if ends and isinstance(node, ast.Call | ast.Subscript):
             return node
     return None
 
@@ -152,11 +178,11 @@ def _tree(code: CodeType) -> ast.Module | None:
     return tree
 
 
-def _argument(node: ast.Call | ast.Subscript, path: Path, num_args: int) -> tuple[ast.expr, int | None] | None:
+def _argument(node: ast.Call | ast.Subscript, path: Path, is_method: bool) -> tuple[ast.expr, int | None] | None:
     """The expression at `path`; with the position in it, where it is an attribute that is a list."""
     if isinstance(node, ast.Subscript):
         return _bound(node, path)
-    offset = num_args - len(node.args)  # 1 for a method: the tensor stands before the dot
+    offset = int(is_method)  # the tensor stands before the dot
     first, *rest = path
     named = {keyword.arg: keyword.value for keyword in node.keywords}
     if isinstance(first, str):
@@ -200,6 +226,8 @@ def _is_number(value: Any) -> bool:
 
 # --- what each function's arguments count -----------------------------------------------------------------------------
 
+NORMED = {"layer_norm": 1, "rms_norm": 1}
+"""Functions that state the shape over which they normalise -> the argument that does."""
 SHAPED = {"reshape": 1, "view": 1, "expand": 1, "unflatten": 2}
 """Functions that state the shape of their result -> the first argument that does."""
 
@@ -210,6 +238,17 @@ def _counted(trace: Trace, call: PythonCall, output: Any) -> Iterator[tuple[Path
         yield from _shape(trace, call, output)
     elif call.name == "split" and len(call.args) > 1:
         yield from _split(trace, call, list(tensors_in(output)))
+    elif call.name in NORMED and len(call.args) > 1 and isinstance(call.args[1], tuple | list):
+        label, first = trace.label(output), output.dim() - len(call.args[1])
+        for i in range(len(call.args[1])):
+            if label is not None and first + i in label.axes:
+                yield (1, i), label.axes[first + i], False
+    elif call.name == "group_norm" and len(call.args) > 1 and isinstance(output, Tensor):
+        label = trace.label(output)
+        if label is not None and 1 in label.axes and call.args[1] > 1:
+            yield (1,), label.axes[1].reshape(call.args[1], -1)[:, 0], False
+    elif call.name == "narrow" and len(call.args) == 4:
+        yield from _narrowed(trace, call)
     elif call.name == "__getitem__":
         for axis, element, part in sliced_axes(call.args[0], call.args[1]):
             label = trace.label(call.args[0])
@@ -226,6 +265,8 @@ def _shape(trace: Trace, call: PythonCall, output: Tensor) -> Iterator[tuple[Pat
     sizes = call.args[first] if nested else call.args[first:]
     for i, size in enumerate(sizes):
         ids = label.axes.get(start + i)
+        if ids is None and start + i in call.tied and size != -1:
+            ids = np.zeros(size, dtype=np.int64)  # the width of a head stays, whatever the code works it out from
         if ids is not None and isinstance(size, int) and size == len(ids):
             yield ((first, i) if nested else (first + i,)), ids, False
 
@@ -237,6 +278,15 @@ def _split(trace: Trace, call: PythonCall, parts: list[Tensor]) -> Iterator[tupl
         ids = label.axes.get(dim % part.dim()) if label else None
         if ids is not None:
             yield ((1, i) if isinstance(stated, tuple | list) else (1,)), ids, False
+
+
+def _narrowed(trace: Trace, call: PythonCall) -> Iterator[tuple[Path, Ids, bool]]:
+    x, dim, start, length = call.args
+    label = trace.label(x)
+    ids = label.axes.get(dim % x.dim()) if label else None
+    if ids is not None and start >= 0:
+        yield (2,), ids[:start], False
+        yield (3,), ids[start : start + length], False
 
 
 def sliced_axes(x: Tensor, index: Any) -> Iterator[tuple[int, int, slice]]:

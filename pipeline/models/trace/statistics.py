@@ -37,6 +37,7 @@ def reduce(trace: Trace, call: Call) -> None:
         return
     gone = axes_of(call, x)
     if gone & {*label.axes}:
+        trace.meet()
         trace.mix()
     keepdim = bool(call.get("keepdim", False))
     kept = {
@@ -45,7 +46,7 @@ def reduce(trace: Trace, call: Call) -> None:
         if axis not in gone
     }
     for out in call.outputs:
-        trace.put(out, Label(kept, label.note))
+        trace.put(out, Label(kept, label.note, label.source))
 
 
 @rule("aten::argmax", "aten::argmin", kind="barrier")
@@ -87,6 +88,8 @@ def weight_norm(trace: Trace, call: Call) -> None:
     if channels is not None:
         axes[dim] = channels
     trace.put(call.outputs[0], Label(axes, label.note, label.source))
+    for norm in call.outputs[1:]:
+        trace.put(norm, Label({dim: channels} if channels is not None else {}, label.note))
 
 
 @rule(
@@ -94,7 +97,7 @@ def weight_norm(trace: Trace, call: Call) -> None:
     "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
     "aten::_scaled_dot_product_attention_math", "aten::_scaled_dot_product_fused_attention_overrideable",
     "aten::_scaled_dot_product_attention_math_for_mps",
-    kind="statistic",
+    kind="contract",
 )  # fmt: skip
 def attention(trace: Trace, call: Call) -> None:
     """q, k [..., L or S, E], v [..., S, F]: heads are batch axes; within a head channels of q meet those of k."""
@@ -107,10 +110,8 @@ def attention(trace: Trace, call: Call) -> None:
     if any(label is not None and last in label.axes for label in labels[:2]):
         trace.meet()
         reached = trace.join_along(call, [(q, last), (k, last)])
-        if reached is not None:
-            trace.mix()
-            if call.get("scale") is None:
-                trace.freeze(reached, call, "the scale of attention depends on how many channels a head has")
+        if reached is not None and call.get("scale") is None:
+            trace.freeze(reached, call, "the scale of attention depends on how many channels a head has")
     axes = {}
     for axis in range(last - 1):
         ids = trace.join_along(call, [(t, axis - q.dim() + t.dim()) for t in (q, k, v, bias) if t is not None])

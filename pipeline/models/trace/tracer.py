@@ -95,10 +95,12 @@ class Trace:
         self.stated: list[Stated] = []
         self.attention = frozenset(attention)
         self.multiplying: set[str] = set()
-        """Modules that multiply channels of one value with those of another, not with a weight."""
+        """Modules that split channels and then multiply them with each other."""
+        self.splitting: set[str] = set()
         self.mixes = False
         """Does the result of the operation at hand depend on which channels are there? See `mix`."""
         self._labels: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._same: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._own = {name: tensor for name, tensor in (*model.named_parameters(), *model.named_buffers())}
         self._names = {id(tensor): name for name, tensor in reversed(self._own.items())}
         self._kernels = {
@@ -166,7 +168,10 @@ class Trace:
         return Label(axes, note, source)
 
     def join_along(self, call: Call, places: Sequence[tuple[Tensor, int]]) -> Ids | None:
-        """Unite the labels of (tensor, axis); None, and frozen, if a tensor has none there. Size 1 joins nothing."""
+        """Unite the labels of (tensor, axis); None, and frozen, if a tensor has none there.
+
+        Size 1 joins nothing, nor does what holds one value along the axis: its size may follow the code.
+        """
         known: list[Ids] = []
         blind: list[Label | None] = []
         for tensor, axis in places:
@@ -174,6 +179,8 @@ class Trace:
                 continue
             label = self.label(tensor)
             ids = label.axes.get(axis) if label else None
+            if ids is None and (tensor.stride(axis) == 0 or tensor in self._same):
+                continue
             if ids is None:
                 blind.append(label)
             else:
@@ -219,19 +226,22 @@ class Trace:
             self.freeze(second, call, text)
         return second
 
-    def free_axis(self, sizes: Sequence[int]) -> int:
-        """Which of the parts that a channel axis is split into is cut; the others are tied.
+    def free_axis(self, varying: Sequence[int], shape: Sequence[int]) -> int:
+        """Which of the axes that a channel axis is split into is cut; along the others it is tied.
 
-        What remains must be a tensor again, so it is one of them: the innermost (the same offset in each part), but whole
-        heads in modules that multiply channels with each other: the axis as long as an attribute that counts heads, or the
-        last but one, as in (3, heads, head_dim).
+        What remains must be a tensor again, so it is one of them: the one whose size the code leaves open (-1), or else the
+        innermost: the same offset goes in each outer part. In modules that multiply channels with each other it is whole
+        heads: the axis as long as an attribute that counts heads, or the last but one, as in (3, heads, head_dim).
         """
-        module = self.stack[-1].module
-        if self.stack[-1].path not in self.attention:
-            return len(sizes) - 1
-        named = {v for k, v in vars(module).items() if "head" in k and "dim" not in k and isinstance(v, int)}
-        heads = [i for i, size in enumerate(sizes[:-1]) if size in named]
-        return heads[-1] if heads else len(sizes) - 2
+        frame = self.stack[-1]
+        self.splitting.add(frame.path)
+        stated = self.python.stated_shape() if self.python else []
+        opened = [axis for axis in varying if axis < len(stated) and stated[axis] == -1]
+        if frame.path not in self.attention:
+            return opened[0] if len(opened) == 1 else varying[-1]
+        named = {v for k, v in vars(frame.module).items() if "head" in k and "dim" not in k and isinstance(v, int)}
+        heads = [axis for axis in varying[:-1] if shape[axis] in named]
+        return heads[-1] if heads else varying[-2]
 
     # --- what rules conclude ------------------------------------------------------------------------------------------
 
@@ -259,8 +269,13 @@ class Trace:
         self.mixes = True
 
     def meet(self) -> None:
-        """Channels of two values are multiplied with each other in the running module, which is thus a kind of attention."""
-        self.multiplying.add(self.stack[-1].path)
+        """Channels of one value are summed over, or compared, in the running module: a kind of attention. If it has split
+        channels before, then by the axis of which whole parts (heads) go."""
+        self.multiplying |= {self.stack[-1].path} & self.splitting
+
+    def set_same_everywhere(self, tensor: Tensor) -> None:
+        """A tensor without labels that holds one value: its size follows the code."""
+        self._same[tensor] = True
 
     def refuse(self, call: Call, text: str) -> None:
         """Nothing may be cut at all."""
