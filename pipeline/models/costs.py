@@ -3,12 +3,13 @@
 # G = groups, T = tensors, D = dimensions of a tensor (padded with ones)
 
 Every tensor is the product of what is kept of its dimensions, so both measures are sums of products of channel counts.
-Which channels go does not matter for the cost, only how many: each channel of a group owns equally many entries.
+Which channels go does not matter for the cost, only how many: each channel of a group owns equally many entries. The
+tensors of a removed block cost nothing.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -36,14 +37,15 @@ class Costs:
         return {"params": self.params, "macs": self.macs}[measure]
 
 
-def count(graph: Graph, kept: Mapping[str, Tensor | None]) -> Costs:
+def count(graph: Graph, kept: Mapping[str, Tensor | None], removed_blocks: Collection[str] = ()) -> Costs:
     """Costs of the network that keeps `kept`.
 
     Args:
         kept: group name -> int64 indices of the channels that stay; None, or a group that is not named, stays whole.
+        removed_blocks: names of blocks that are removed.
 
     Raises:
-        ValueError: an unknown group, or indices that are no subset of a group's channels.
+        ValueError: an unknown group or block, or indices that are no subset of a group's channels.
     """
     for name in kept:
         graph.group(name)
@@ -53,7 +55,8 @@ def count(graph: Graph, kept: Mapping[str, Tensor | None]) -> Costs:
         indices = kept.get(group.name)
         if indices is not None:
             removed_G[g] = group.size - _num_distinct(indices, group.name, group.size)
-    return model.costs(removed_G)
+    gone = {graph.block(name).name for name in removed_blocks}
+    return model.costs(removed_G, [b for b, block in enumerate(graph.blocks) if block.name in gone])
 
 
 def _num_distinct(indices: Tensor, name: str, size: int) -> int:
@@ -93,6 +96,10 @@ class CostModel:
                 width_D[member.dim] += member.index_CK.shape[1]
             self.rows.append(np.array(list(width_TD), dtype=np.int64))
             self.widths.append(np.array(list(width_TD.values()), dtype=np.int64).reshape(len(width_TD), num_dims))
+        self.block_rows: list[Int64] = [
+            np.array([row[name] for name in block.tensors], dtype=np.int64) for block in graph.blocks
+        ]
+        """Tensors that go with block b."""
 
     def sizes(self, removed_G: Int64) -> Int64:
         """[T, D]: the sizes of all tensors after group g has lost removed_G[g] channels."""
@@ -101,6 +108,8 @@ class CostModel:
             sizes_TD[rows] -= removed_G[g] * widths
         return sizes_TD
 
-    def costs(self, removed_G: Int64) -> Costs:
+    def costs(self, removed_G: Int64, removed_blocks: Collection[int] = ()) -> Costs:
         numel_T = self.sizes(removed_G).prod(axis=1)
+        for b in removed_blocks:
+            numel_T[self.block_rows[b]] = 0
         return Costs(int(self.factors_T["params"] @ numel_T), int(self.factors_T["macs"] @ numel_T))

@@ -1,4 +1,4 @@
-"""Channel groups of a network as plain data: what can only go together, what stays whole and why, what is multiplied.
+"""Channel groups and residual blocks of a network as plain data: what can only go together, what stays whole and why, what is multiplied.
 
 # C = channels of a group, K = entries that one channel owns along one tensor dimension
 
@@ -91,8 +91,42 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class Branch:
+    """Where a residual branch enters the sum with what the block was given."""
+
+    module: str
+    """Qualified name of the module whose code adds."""
+    call: tuple[int, int]
+    """The how-many-eth torch function that it calls is the sum, and the how-many-eth tensor argument of that the branch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A module that computes x + branch(x): without its branches it hands on its first input, and can go as a whole."""
+
+    name: str
+    """Qualified module name."""
+    tensors: tuple[str, ...]
+    """All its parameters and buffers, which no other module shares."""
+    branches: tuple[Branch, ...]
+
+    @property
+    def key(self) -> str:
+        """Its name among those of the groups: a module may be a block and write channels of its own."""
+        return f"block:{self.name}"
+
+    def to_list(self) -> list[Any]:
+        return [self.name, list(self.tensors), [[branch.module, *branch.call] for branch in self.branches]]
+
+    @classmethod
+    def from_list(cls, values: list[Any]) -> Block:
+        name, tensors, branches = values
+        return cls(name, tuple(tensors), tuple(Branch(module, (call, i)) for module, call, i in branches))
+
+
+@dataclass(frozen=True, slots=True)
 class Frozen:
-    """Channels that stay whole."""
+    """Channels that stay whole, or a residual block that stays."""
 
     group: str
     size: int
@@ -176,6 +210,8 @@ class Graph:
     """What the code of the network states about channels and has to be brought up to date."""
     heads: tuple[str, ...] = ()
     """Modules in which channels that a view splits go by whole outer parts: attention."""
+    blocks: tuple[Block, ...] = ()
+    """Residual blocks that can go as a whole, in running order; empty where nobody asked for them."""
 
     def group(self, name: str) -> Group:
         for group in self.groups:
@@ -184,14 +220,36 @@ class Graph:
         known = ", ".join(group.name for group in self.groups) or "none"
         raise ValueError(f"no group {name!r} in this graph; known groups: {known}.")
 
+    def block(self, name: str) -> Block:
+        for block in self.blocks:
+            if block.name == name:
+                return block
+        known = ", ".join(block.name for block in self.blocks) or "none (trace with blocks=True)"
+        raise ValueError(f"no optional block {name!r} in this graph; known blocks: {known}.")
+
+    def scored(self) -> dict[str, int]:
+        """What has saliency, and how many numbers: groups by name one for each channel, then blocks by key one each."""
+        return {**{group.name: group.size for group in self.groups}, **{block.key: 1 for block in self.blocks}}
+
+    def gates(self) -> dict[str, tuple[Site | Branch, ...]]:
+        """Where what has saliency takes effect, in the same order."""
+        channels = {group.name: group.consumers for group in self.groups}
+        return {**channels, **{block.key: block.branches for block in self.blocks}}
+
     def without(self, names: Mapping[str, Frozen]) -> Graph:
-        """New graph in which the groups `names` are frozen, each with the given reason."""
+        """New graph in which the groups `names`, and the blocks of these keys, are frozen, each with the given reason."""
         for name in names:
-            self.group(name)
-        kept = tuple(group for group in self.groups if group.name not in names)
-        moved = tuple(names[group.name] for group in self.groups if group.name in names)
+            if all(block.key != name for block in self.blocks):
+                self.group(name)
+        moved = tuple(names[name] for name in self.scored() if name in names)
         sizes = tuple(size.without(names) for size in self.sizes)
-        return replace(self, groups=kept, frozen=self.frozen + moved, sizes=sizes)
+        return replace(
+            self,
+            groups=tuple(group for group in self.groups if group.name not in names),
+            blocks=tuple(block for block in self.blocks if block.key not in names),
+            frozen=self.frozen + moved,
+            sizes=sizes,
+        )
 
     def to_json(self) -> str:
         """Canonical text: sorted keys, no spaces; the same graph gives the same text in every process."""
@@ -205,6 +263,8 @@ class Graph:
             "sizes": [size.to_list() for size in self.sizes],
             "heads": list(self.heads),
         }
+        if self.blocks:
+            document["blocks"] = [block.to_list() for block in self.blocks]
         return json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
     @classmethod
@@ -219,6 +279,7 @@ class Graph:
             input_shape=tuple(document["input_shape"]),
             sizes=tuple(Size.from_list(values) for values in document["sizes"]),
             heads=tuple(document["heads"]),
+            blocks=tuple(Block.from_list(values) for values in document.get("blocks", [])),
         )
 
     def sha256(self) -> str:

@@ -24,6 +24,7 @@ def build(factory: str, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def rebuild(spec: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module) -> nn.Module:
+    remove_(model, spec.get("removed", []))
     dense = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     sources, names = {name: name for name in tensors} | spec["tied"], [*model.state_dict(), *spec["buffers"]]
     shapes = {name: list(tensors[source].shape) for name, source in sources.items()}
@@ -48,6 +49,22 @@ def load(directory: str | Path = Path(__file__).parent) -> nn.Module:
     return rebuild(
         spec, load_file(Path(directory, "model.safetensors")), build(spec["factory"], spec["factory_kwargs"])
     )
+
+
+# --- residual blocks that are gone ------------------------------------------------------------------------------------
+
+
+class Removed(nn.Module):
+    """Stands where a residual block was: what came in goes on."""
+
+    def forward(self, x: Tensor, *_: Any, **__: Any) -> Tensor:
+        return x
+
+
+def remove_(model: nn.Module, paths: Sequence[str]) -> None:
+    for path in paths:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, Removed())
 
 
 # --- sizes that stand in the source of a method -----------------------------------------------------------------------

@@ -15,7 +15,7 @@ from pipeline.models.trace import RULES, propagate, rule
 from pipeline.pruning.plan import planned
 from pipeline.pruning.reference import mask
 from pipeline.pruning.surgery import cut
-from pipeline.pruning.trials import random_subsets, randomise_
+from pipeline.pruning.trials import random_subsets, randomise_, trace
 from tests.graphs import Residual, residual_graph
 from tests.pruning.networks import mixed, mixed_graph
 
@@ -267,9 +267,8 @@ def test_an_unknown_operation_is_a_barrier_with_its_place_and_its_reason():
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
-        (lambda x: x + x.new_ones(4, 1), "values of full size that carry no channels"),
-        (lambda x: torch.cat([x[:, 2:], x[:, :2]], 1), "taken by their position"),
-        (lambda x: torch.cat(x.split(2, dim=1), 1), "taken by their position"),
+        (lambda x: torch.cat([x[:, 3:], x[:, :3]], 1), "taken by their position"),
+        (lambda x: torch.cat(x.split(3, dim=1), 1), "taken by their position"),
         (lambda x: x[:, [3, 1, 0, 2]], "picked by their position"),
         (lambda x: x.roll(1, 1), "works along the channels by their position"),
         (lambda x: x.sort(1).values, "works along the channels by their position"),
@@ -284,6 +283,24 @@ def test_operations_that_number_channels_freeze_them(run, reason):
     graph = propagate(net, IMAGE)
     assert graph.groups == ()
     assert reason in why(graph, "a")
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: x + x.new_ones(4, 1),
+        lambda x: torch.cat([x[:, 2:], x[:, :2]], 1),
+        lambda x: torch.cat(x.split(2, dim=1), 1),
+        lambda x: x.reshape(-1, 4, 64),
+    ],
+)
+def test_what_may_follow_the_channels_is_left_to_the_trials(run):
+    """Each is right where the number is worked out from the shape; here it is a literal, in a lambda that cannot be changed."""
+    net = Net(lambda m, x: m.b(run(m.a(x.flatten(2)))), a=nn.Conv1d(3, 4, 1), b=nn.Conv1d(4, 2, 1))
+    assert [group.name for group in propagate(net, IMAGE).groups] == ["a"]
+    graph = trace(net, IMAGE)
+    assert graph.groups == ()
+    assert "the cut network" in why(graph, "a")
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,7 @@ def _meet(trace: Trace, call: Call, *places: tuple[Tensor, int]) -> None:
         trace.meet()
     if len(known) == 2:
         trace.unite(*known, call)
+        trace.end(call, known[0])
     for ids in known if len(known) == 1 else ():
         trace.freeze(ids, call, "the channels are multiplied with computed values that are no channels")
 

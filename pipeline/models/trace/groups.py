@@ -62,13 +62,16 @@ def graph_of(model: nn.Module, trace: Trace, input_shape: tuple[int, ...]) -> Gr
             else:
                 stays[reason].append(one)
         group = _group(name, found, free, slots, positions) if free else None
+        if isinstance(group, Group) and group.size == 1 and sum(m.index_CK.shape[1] for m in group.members) > len(group.members):
+            group = Reason("one channel", name, "all these entries can only go together, so none can be spared")
         if isinstance(group, Reason):
             stays[group] += free
         elif group is not None:
             groups.append(group)
             channel_of |= {one: (name, channel) for channel, one in enumerate(free)}
         frozen += [Frozen(name, len(c), reason.operation, reason.where, reason.text) for reason, c in stays.items()]
-    frozen += _unused(model, slots)
+    known = {member.tensor for group in groups for member in group.members} | {f.group for f in frozen}
+    frozen += _rest(model, slots, known)
     shapes = {name: tuple(t.shape) for name, t in model.named_parameters(remove_duplicate=False)}
     shapes |= {name: tuple(t.shape) for name, t in model.named_buffers(remove_duplicate=False)}
     rows = input_shape[0]
@@ -199,13 +202,20 @@ def _group(
     return Group(name, len(classes), tuple(members), tuple(consumers))
 
 
-def _unused(model: nn.Module, slots: Slots) -> list[Frozen]:
-    """Weights that the traced forward never touched: nothing is known about them."""
+def _rest(model: nn.Module, slots: Slots, known: set[str]) -> list[Frozen]:
+    """Weights about which nothing else is said: no contraction takes part in them, or the traced forward never touched them."""
     used = {tensor for tensor, _ in slots.dimensions}
-    return [
-        Frozen(
-            name.rpartition(".")[0] or name, parameter.shape[0], "unused", name, "the traced forward does not use it"
-        )
-        for name, parameter in model.named_parameters()
-        if parameter.dim() > 1 and name not in used
-    ]
+    reasons = slots.reasons()
+    found = []
+    for name, parameter in model.named_parameters():
+        module = name.rpartition(".")[0] or name
+        if parameter.dim() < 2 or name in known or any(key[0] == name for key in slots.roles):
+            continue
+        if name not in used:
+            found.append(Frozen(module, parameter.shape[0], "unused", name, "the traced forward does not use it"))
+            continue
+        own = [slots.find(slots.of(name, dim, size)) for dim, size in enumerate(parameter.shape) if (name, dim) in slots.dimensions]
+        why = next((reasons[one] for ids in own for one in ids.tolist() if one in reasons), None)
+        if why is not None:
+            found.append(Frozen(module, parameter.shape[0], why.operation, why.where, why.text))
+    return found

@@ -112,6 +112,8 @@ def attention(trace: Trace, call: Call) -> None:
         reached = trace.join_along(call, [(q, last), (k, last)])
         if reached is not None and call.get("scale") is None:
             trace.freeze(reached, call, "the scale of attention depends on how many channels a head has")
+        elif reached is not None:
+            trace.end(call, reached)
     axes = {}
     for axis in range(last - 1):
         ids = trace.join_along(call, [(t, axis - q.dim() + t.dim()) for t in (q, k, v, bias) if t is not None])

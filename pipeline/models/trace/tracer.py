@@ -283,9 +283,13 @@ class Trace:
 
     def consume(self, call: Call, weight: str, ids: Ids, axis: int) -> None:
         """The channels `ids` end at a weight: note the value that carries them, where Python can get hold of it."""
-        key, there = self._layer_input(weight, ids, axis) or self._argument(ids) or (None, ids)
+        self.end(call, ids, self._layer_input(weight, ids, axis))
+
+    def end(self, call: Call, ids: Ids, layer: tuple[SiteKey, Ids] | None = None) -> None:
+        """The channels `ids` end in this contraction: at the input of a layer, or else at an argument of the call."""
+        key, there = layer or self._argument(ids) or (None, ids)
         if key is None:
-            self.freeze(ids, call, f"the values that {weight} reads cannot be told from the arguments of the call")
+            self.freeze(ids, call, "the values that are multiplied cannot be told from the arguments of the call")
             return
         before = self.sites.setdefault(key, there)
         if len(before) == len(there):

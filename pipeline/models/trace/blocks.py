@@ -1,0 +1,129 @@
+"""Residual blocks: modules that hand on their first input with something added, found while the code runs.
+
+The sum may be one of several (a transformer's block has two branches), and an activation may follow it (a ResNet's).
+Whether such a module can go is no question of its code: relu(x) is x only where nothing is negative, and a branch may be
+used elsewhere, too. Trial cuts decide that (`pruning.trials`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pipeline.models.graph import Block, Branch
+from pipeline.models.modes import eval_mode
+from pipeline.models.trace.tracer import PythonCalls, Trace, module_stack
+
+ADDITIONS = frozenset({"add", "add_", "__add__", "__iadd__", "__radd__"})
+
+Sum = tuple[Tensor, tuple[Branch, ...]]
+"""A value, and what has been added to the input to make it. The value is held, so that no other can take its id."""
+
+
+@torch.no_grad()
+def find_blocks(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Block, ...]:
+    """Modules of `model` that may be optional, in running order: of nested ones the innermost.
+
+    Each was called once and shares none of its tensors with others.
+
+    Args:
+        inputs: what the network accepts, best of several rows: what is added to one row alone may be a parameter.
+    """
+    finder = _Finder(model)
+    with eval_mode(model), torch.random.fork_rng(devices=[]):
+        finder.run(inputs)
+    owners = {id(tensor): [] for _, tensor in _named_tensors(model)}  # type: dict[int, list[str]]
+    for name, tensor in _named_tensors(model):
+        owners[id(tensor)].append(name)
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    found: dict[str, Block] = {}
+    for path, branches in finder.found.items():
+        own = [names for names in owners.values() if any(_inside(name, path) for name in names)]
+        alone = all(_inside(name, path) for names in own for name in names)
+        once = all(finder.calls[name] == 1 for name in (path, *(branch.module for branch in branches)))
+        tensors = tuple(name for names in own for name in names)
+        if path and alone and once and not parameters.isdisjoint(tensors):
+            found[path] = Block(path, tensors, branches)
+    return tuple(block for path, block in found.items() if not any(_inside(other, path) for other in found))
+
+
+def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
+def _inside(name: str, path: str) -> bool:
+    return name.startswith(f"{path}.")
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """A module that runs, its first input, and the sums of that with something else, by id."""
+
+    x: Tensor
+    sums: dict[int, Sum]
+
+
+class _Finder(PythonCalls):
+    """Follows the first input of every running module through the sums that the code makes of it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(Trace(model), sizes=False)
+        self.model = model
+        self.calls: Counter[str] = Counter()
+        self.found: dict[str, tuple[Branch, ...]] = {}
+        self._running: list[_Running | None] = []
+
+    def run(self, inputs: tuple[Tensor, ...]) -> None:
+        handles = []
+        for path, module in self.model.named_modules():
+            handles += [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave(path))]
+        try:
+            with module_stack(self.model, self.trace), self:
+                self.model(*inputs)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        frame = self.trace.stack[-1]
+        path, index = frame.path, frame.calls
+        out = super().__torch_function__(func, types, args, kwargs)
+        if isinstance(out, Tensor) and frame.calls > index:
+            tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
+            for running in self._running:
+                if running is not None and out.shape == running.x.shape:
+                    self._follow(running.sums, getattr(func, "__name__", ""), tensors, out, (path, index))
+        return out
+
+    def _follow(self, sums: dict[int, Sum], name: str, tensors: list[Tensor], out: Tensor, at: tuple[str, int]) -> None:
+        path, index = at
+        known = [sums.get(id(tensor)) for tensor in tensors]
+        if name in ADDITIONS and len(tensors) == 2 and known.count(None) == 1:
+            branch = known.index(None)
+            _, before = known[1 - branch] or (out, ())
+            if tensors[branch].shape == out.shape:
+                sums[id(out)] = (out, (*before, Branch(path, (index, branch))))
+        elif len(tensors) == 1 and known[0] is not None and known[0][1]:  # an activation of a sum
+            sums[id(out)] = (out, known[0][1])
+
+    def _enter(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        x = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
+        self._running.append(_Running(x, {id(x): (x, ())}) if x is not None else None)
+
+    def _leave(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            running = self._running.pop()
+            self.calls[path] += 1
+            _, branches = running.sums.get(id(output), (output, ())) if running else (output, ())
+            if branches:
+                self.found[path] = branches
+
+        return hook
