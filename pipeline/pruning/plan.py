@@ -1,4 +1,4 @@
-"""The plan: which channels of which group are kept. Plain data that can be read, compared, stored and replayed.
+"""The plan: which channels of which group are kept, which residual blocks are not. Plain data to be read, compared, stored and replayed.
 
 A plan carries all that surgery needs (members and tensor shapes), so it can be replayed without tracing again. Its JSON
 has one group per line; kept channels read like page numbers: "0-15,18,20-31".
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.models.costs import Costs, Measure, count
-from pipeline.models.graph import Graph, Member, Size, decode_index, encode_index
+from pipeline.models.graph import Block, Graph, Member, Size, decode_index, encode_index
 
 FORMAT = "plan/2"
 
@@ -67,14 +67,12 @@ class PlannedGroup:
     size: int
     """Channels of the dense group."""
     kept: tuple[int, ...]
-    """Channels that stay, ascending; at least one."""
+    """Channels that stay, ascending; at least one, unless the group lies in blocks that are removed."""
     members: tuple[Member, ...]
 
     def __post_init__(self) -> None:
-        if not self.kept:
-            raise ValueError(f"group {self.name}: plan keeps 0 of {self.size} channels; each group keeps at least 1.")
         ascending = all(a < b for a, b in zip(self.kept, self.kept[1:], strict=False))
-        if not ascending or self.kept[0] < 0 or self.kept[-1] >= self.size:
+        if not ascending or (self.kept and not 0 <= self.kept[0] <= self.kept[-1] < self.size):
             raise ValueError(
                 f"group {self.name}: kept channels must ascend from 0 to at most {self.size - 1}, "
                 f"got {ranges(self.kept)[:80]}."
@@ -104,16 +102,26 @@ class Plan:
     dense: Costs
     kept: Costs
     shapes: dict[str, tuple[int, ...]]
-    """Dense shapes of the members' tensors: entries that no group owns stay, so their number must be known."""
+    """Dense shapes of the members' tensors: entries that no group owns stay, so their number must be known; and of those that are removed."""
     sizes: tuple[Size, ...] = ()
     """What the network's code states about channels and has to follow."""
     heads: tuple[str, ...] = ()
     """Modules whose channels go by whole heads, see `Graph.heads`."""
+    blocks: tuple[Block, ...] = ()
+    """Residual blocks that are removed."""
 
     def __post_init__(self) -> None:
-        names = [group.name for group in self.groups]
-        if len(set(names)) < len(names):
-            raise ValueError(f"plan: group {next(n for n in names if names.count(n) > 1)} occurs twice.")
+        for names in ([group.name for group in self.groups], [block.key for block in self.blocks]):
+            if len(set(names)) < len(names):
+                raise ValueError(f"plan: group {next(n for n in names if names.count(n) > 1)} occurs twice.")
+        gone = self.removed_tensors()
+        for group in self.groups:
+            if not group.kept and not _lies_in(gone, group.members):
+                raise ValueError(
+                    f"group {group.name}: plan keeps 0 of {group.size} channels; each group keeps at least 1."
+                )
+        for name in sorted(gone - set(self.shapes)):
+            raise ValueError(f"plan: {name} of a removed block is not in plan.shapes; pass the dense shapes of all.")
         owner: dict[tuple[str, int], Tensor] = {}
         for g, group in enumerate(self.groups):
             for member in group.members:
@@ -145,10 +153,17 @@ class Plan:
     def kept_by_group(self) -> dict[str, frozenset[int]]:
         return {group.name: frozenset(group.kept) for group in self.groups}
 
+    def removed_tensors(self) -> frozenset[str]:
+        """Those that go with their block."""
+        return frozenset(name for block in self.blocks for name in block.tensors)
+
     def slices(self) -> dict[str, dict[int, Tensor]]:
-        """tensor -> dimension -> entries that stay (ascending int64); only dimensions that lose something."""
+        """tensor -> dimension -> entries that stay (ascending int64); only dimensions that lose something.
+
+        Of removed blocks, too, whose tensors a cut drops; what is inside of such a block alone loses nothing here.
+        """
         masks: dict[str, dict[int, Tensor]] = {}
-        for group in self.groups:
+        for group in (group for group in self.groups if group.kept):
             removed = torch.tensor(group.removed, dtype=torch.int64)
             for member in group.members if len(removed) else ():
                 dims = masks.setdefault(member.tensor, {})
@@ -169,6 +184,9 @@ class Plan:
         mine, theirs = ({group.name: group for group in plan.groups} for plan in (self, other))
         lines = [f"{name}: only in the first plan" for name in mine if name not in theirs]
         lines += [f"{name}: only in the second plan" for name in theirs if name not in mine]
+        removed, removes = ({block.name for block in plan.blocks} for plan in (self, other))
+        lines += [f"block {name}: is kept" for name in sorted(removed - removes)]
+        lines += [f"block {name}: is removed" for name in sorted(removes - removed)]
         for name in (name for name in mine if name in theirs):
             a, b = mine[name], theirs[name]
             if (a.size, a.kept) != (b.size, b.kept):
@@ -178,12 +196,13 @@ class Plan:
         return lines
 
     def sha256(self) -> str:
-        """Of what is kept of what: groups, members, shapes, sizes. How it came about does not enter."""
-        text = "\n".join([_compact(_shapes(self.shapes)), *_group_lines(self.groups), *_size_lines(self.sizes)])
+        """Of what is kept of what: groups, members, shapes, sizes, removed blocks. How it came about does not enter."""
+        parts = [*_group_lines(self.groups), *_size_lines(self.sizes), *_block_lines(self.blocks)]
+        text = "\n".join([_compact(_shapes(self.shapes)), *parts])
         return hashlib.sha256(text.encode()).hexdigest()
 
     def to_json(self) -> str:
-        """Canonical text, one group per line. The same plan gives the same text in every process."""
+        """Canonical text, one group per line, after the removed blocks. The same plan gives the same text in every process."""
         head = {
             "format": FORMAT,
             "sha256": self.sha256(),
@@ -196,6 +215,8 @@ class Plan:
             "heads": list(self.heads),
         }
         lines = [f"{_compact(key)}: {_compact(value)}," for key, value in head.items()]
+        if self.blocks:
+            lines += ['"removed_blocks": [', ",\n".join(_block_lines(self.blocks)), "],"]
         lines += ['"groups": [', ",\n".join(_group_lines(self.groups)), "],"]
         lines += ['"sizes": [', ",\n".join(_size_lines(self.sizes)), "],"]
         lines += [f'"shapes": {_compact(_shapes(self.shapes))}']
@@ -211,6 +232,7 @@ def planned(
     graph: Graph,
     kept: Mapping[str, Iterable[int] | Tensor],
     *,
+    removed_blocks: Collection[str] = (),
     budget: Budget | None = None,
     criterion: str = "",
     scope: str = "",
@@ -219,11 +241,17 @@ def planned(
 
     Args:
         kept: group name -> channel indices in any order.
+        removed_blocks: names of residual blocks. Of a group that lies inside of them no channel is kept, whatever `kept` says.
     """
     for name in kept:
         graph.group(name)
-    chosen = {g.name: tuple(sorted(int(c) for c in kept.get(g.name, range(g.size)))) for g in graph.groups}
-    tensors = sorted({member.tensor for group in graph.groups for member in group.members})
+    blocks = tuple(block for block in graph.blocks if block.name in {graph.block(name).name for name in removed_blocks})
+    gone = {name for block in blocks for name in block.tensors}
+    chosen = {
+        g.name: () if _lies_in(gone, g.members) else tuple(sorted(int(c) for c in kept.get(g.name, range(g.size))))
+        for g in graph.groups
+    }
+    tensors = sorted({member.tensor for group in graph.groups for member in group.members} | gone)
     groups = tuple(PlannedGroup(group.name, group.size, chosen[group.name], group.members) for group in graph.groups)
     return Plan(
         groups=groups,
@@ -232,11 +260,21 @@ def planned(
         criterion=criterion,
         scope=scope,
         dense=count(graph, {}),
-        kept=count(graph, {name: torch.tensor(channels, dtype=torch.int64) for name, channels in chosen.items()}),
+        kept=count(
+            graph,
+            {name: torch.tensor(channels, dtype=torch.int64) for name, channels in chosen.items()},
+            [block.name for block in blocks],
+        ),
         shapes={name: tuple(graph.shapes[name]) for name in tensors},
         sizes=graph.sizes,
         heads=graph.heads,
+        blocks=blocks,
     )
+
+
+def _lies_in(gone: Collection[str], members: Sequence[Member]) -> bool:
+    """Do all tensors of a group go with their blocks?"""
+    return bool(members) and all(member.tensor in gone for member in members)
 
 
 # --- text -----------------------------------------------------------------------------------------------------------
@@ -286,6 +324,10 @@ def _size_lines(sizes: Iterable[Size]) -> Iterator[str]:
     return (_compact(size.to_list()) for size in sizes)
 
 
+def _block_lines(blocks: Iterable[Block]) -> Iterator[str]:
+    return (_compact(block.to_list()) for block in blocks)
+
+
 def _decode(text: str) -> Plan:
     try:
         document = json.loads(text)
@@ -309,6 +351,10 @@ def _decode(text: str) -> Plan:
         shapes=shapes,
         sizes=tuple(_decode_size(size, f"plan.sizes[{i}]") for i, size in enumerate(_field(document, "sizes", list, "plan"))),
         heads=tuple(_field(document, "heads", list, "plan")),
+        blocks=tuple(
+            _decode_block(block, f"plan.removed_blocks[{i}]")
+            for i, block in enumerate(_list(document.get("removed_blocks", []), "plan.removed_blocks"))
+        ),
     )
     if plan.sha256() != _field(document, "sha256", str, "plan"):
         raise ValueError(
@@ -347,6 +393,13 @@ def _decode_size(document: Any, where: str) -> Size:
     try:
         return Size.from_list(document)
     except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{where} is {document!r:.60}: {error}") from error
+
+
+def _decode_block(document: Any, where: str) -> Block:
+    try:
+        return Block.from_list(document)
+    except (TypeError, ValueError) as error:
         raise ValueError(f"{where} is {document!r:.60}: {error}") from error
 
 

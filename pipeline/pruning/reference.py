@@ -2,12 +2,13 @@
 
 While it runs, labels go along (`models.trace`), so each operation knows which positions of its operands are removed. A
 contraction reads zeros there; an operation that takes a statistic over channels (LayerNorm, a softmax over channels) takes
-it over those that are kept. Whatever the removed channels still compute (a sigmoid makes 0.5 of 0), nothing sees it.
+it over those that are kept. The branches of a removed block are zeros where they enter their sum. Whatever the removed channels still compute (a sigmoid makes 0.5 of 0), nothing sees it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from pipeline.models.trace.table import Call, find, tensors_in
 from pipeline.models.trace.tracer import Operations, PythonCalls, Trace, module_stack
 from pipeline.pruning.plan import Plan
 from pipeline.pruning.surgery import check_plan
+from pipeline.saliency.calls import Place, in_calls
 
 Removed = dict[tuple[str, int], NDArray[np.bool_]]
 """(tensor, dimension) -> which of its entries are removed."""
@@ -49,12 +51,28 @@ class Masked(nn.Module):
                 gone = np.ones(plan.shapes[name][dim], dtype=bool)
                 gone[kept.numpy()] = False
                 self._removed[name, dim] = gone
+        self._branches: dict[Place, dict[int, None]] = {}
+        for branch in (branch for block in plan.blocks for branch in block.branches):
+            call, argument = branch.call
+            self._branches.setdefault((branch.module, call), {})[argument] = None
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **named: Any) -> Any:
         trace = Trace(self.model, self._heads)
-        with module_stack(self.model, trace), PythonCalls(trace, sizes=False), _KeptOnly(trace, self._removed):
-            return self.model(*inputs, **named)
+
+        def zeros(branch: Tensor, _: None) -> Tensor:
+            result = torch.zeros_like(branch)
+            trace.put(result, trace.label(branch))
+            return result
+
+        modules = dict(self.model.named_modules())
+        calls, handles = in_calls(modules, self._branches, zeros) if self._branches else (nullcontext(), [])
+        try:
+            with module_stack(self.model, trace), calls, PythonCalls(trace, sizes=False), _KeptOnly(trace, self._removed):
+                return self.model(*inputs, **named)
+        finally:
+            for handle in handles:
+                handle.remove()
 
 
 class _KeptOnly(Operations):
@@ -72,12 +90,15 @@ class _KeptOnly(Operations):
         _, rule = find(func._schema.name)
         if rule is not None and rule.kind == "contract":
             args, kwargs = tree_map_only(Tensor, self._zeroed, (args, kwargs))
+        before = {}  # what the operation reads and writes over
+        if func._schema.is_mutable and rule is not None and rule.kind in ("statistic", "norm"):
+            before = {id(tensor): tensor.clone() for tensor in Call(func, args, kwargs, None).mutated}
         out = func(*args, **kwargs)
         call = Call(func, args, kwargs, out)
-        labels = {id(tensor): self.trace.label(tensor) for tensor in call.tensors}
+        operands = {id(x): (before.get(id(x), x), self.trace.label(x)) for x in call.tensors}
         self.follow(call)
         if self.trace.mixes:
-            self._over_kept(call, labels, rule.resize if rule else None)
+            self._over_kept(call, operands, rule.resize if rule else None)
         return out
 
     def _zeroed(self, x: Tensor) -> Tensor:
@@ -95,12 +116,20 @@ class _KeptOnly(Operations):
         return result
 
     def _over_kept(
-        self, call: Call, labels: dict[int, Label | None], resize: Callable[[dict[str, Any]], dict[str, Any]] | None
+        self,
+        call: Call,
+        operands: dict[int, tuple[Tensor, Label | None]],
+        resize: Callable[[dict[str, Any]], dict[str, Any]] | None,
     ) -> None:
-        """Run the operation once more on what is kept, and write the results over those that it gave."""
+        """Run the operation once more on what is kept, and write the results over those that it gave.
 
-        def taken(x: Tensor) -> Tensor:
-            for axis, kept in self._kept(labels.get(id(x)), x).items():
+        Args:
+            operands: id of each argument -> its value before the operation, and its label.
+        """
+
+        def taken(argument: Tensor) -> Tensor:
+            x, label = operands[id(argument)]
+            for axis, kept in self._kept(label, x).items():
                 x = x.index_select(axis, kept)
             return x
 

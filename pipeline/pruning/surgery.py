@@ -1,6 +1,7 @@
 """Surgery: a dense network and a plan become a smaller dense network.
 
-Only entries move: every parameter and buffer that the plan names keeps the listed entries of the listed dimensions, and
+Only entries move: every parameter and buffer that the plan names keeps the listed entries of the listed dimensions, a
+residual block that it removes gives place to a module that hands on what it gets (`models.standalone.Removed`), and
 the integers that modules remember about their own sizes (`out_channels`, `groups`, `num_heads` ...) follow by the rules
 in `ATTRIBUTES`.
 """
@@ -8,7 +9,7 @@ in `ATTRIBUTES`.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,19 +131,21 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
         PlanMismatch: the plan names tensors that the model lacks, or entries that they do not have.
     """
     check_plan(model, plan)
-    small = cut_slices(model, plan.slices())
-    kept = plan.kept_by_group()
-    update_sizes_(model, small, [(size, size.value(kept)) for size in plan.sizes])
+    gone, blocks = plan.removed_tensors(), [block.name for block in plan.blocks]
+    small = cut_slices(model, {name: dims for name, dims in plan.slices().items() if name not in gone}, blocks)
+    kept, modules = plan.kept_by_group(), {name for name, _ in small.named_modules(remove_duplicate=False)}
+    update_sizes_(model, small, [(size, size.value(kept)) for size in plan.sizes if size.module in modules])
     return small
 
 
-def cut_slices(model: nn.Module, slices: Slices) -> nn.Module:
-    """`cut` for slices that are already known to fit the model."""
+def cut_slices(model: nn.Module, slices: Slices, removed_blocks: Collection[str] = ()) -> nn.Module:
+    """`cut` for slices and names of blocks that are already known to fit the model."""
     kept = _kept_by_tensor(model, slices)
     sources = {id(tensor): tensor for _, tensor in named_tensors(model)}
     # What the memo already holds, deepcopy takes as it is: the large tensors are never copied whole, and all places
     # that share one parameter get the same smaller one.
     memo: dict[int, Any] = {key: sliced(sources[key], dims) for key, dims in kept.items()}
+    memo |= {id(model.get_submodule(name)): standalone.Removed() for name in removed_blocks}
     small = copy.deepcopy(model, memo)
     for tensor in (*small.parameters(), *small.buffers()):
         tensor.grad = None
@@ -219,7 +222,7 @@ def _update_attributes(dense: nn.Module, small: nn.Module, kept: Mapping[int, Ma
     """Bring the sizes that modules remember up to date in `small`; `dense` tells what they were."""
     small_modules = dict(small.named_modules())
     for name, module in dense.named_modules():
-        for rule in rules_for(module):
+        for rule in rules_for(module) if name in small_modules else ():
             source, small_module = _source(module, rule.tensors), small_modules[name]
             if source is not None and id(source) in kept and hasattr(module, rule.attribute):
                 old = getattr(module, rule.attribute)

@@ -8,6 +8,8 @@ Why another ratio for each group: two groups of equal size that only Python ties
 another tensor) pass when both lose 30 %, and crash when they do not. Why random weights: zero-initialised scales hide
 what lies behind them. Why float64: a mistake stands out from rounding by many orders of magnitude, however deep the
 network.
+
+Residual blocks are tried last, each time together with another random cut of channels.
 """
 
 from __future__ import annotations
@@ -27,9 +29,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.models.costs import count
-from pipeline.models.graph import Frozen, Graph, Group, Size
+from pipeline.models.graph import Block, Frozen, Graph, Size
 from pipeline.models.standalone import open_attention_, original_class
-from pipeline.models.trace import Deadline, propagate
+from pipeline.models.trace import Deadline, find_blocks, propagate
 from pipeline.pruning.reference import Masked, mask
 from pipeline.pruning.plan import Plan, planned
 from pipeline.pruning.surgery import cut
@@ -52,6 +54,7 @@ def trace(
     seed: int = 0,
     num_trials: int = 3,
     time_limit_s: float = 1200,
+    blocks: bool = False,
 ) -> Graph:
     """Channel groups of `model`: label propagation, then trial cuts. The model computes what it did before; its modules of
     class nn.MultiheadAttention get one that does not tie the heads to the embedding (`models.standalone`).
@@ -61,6 +64,7 @@ def trace(
         seed: of the trials' weights, inputs and subsets.
         num_trials: trials in a row that have to pass.
         time_limit_s: for all of it; on one thread ResNet-152 takes about 15 s at 224 px.
+        blocks: look for residual blocks that can go as a whole, too.
 
     Raises:
         ValueError: the network does not run on `example_inputs`.
@@ -68,7 +72,9 @@ def trace(
     """
     deadline = Deadline.after(time_limit_s)
     graph = propagate(open_attention_(model), example_inputs, deadline=deadline)
-    return try_cuts(model, graph, example_inputs, seed=seed, num_trials=num_trials, deadline=deadline)
+    options: dict[str, Any] = {"seed": seed, "num_trials": num_trials, "deadline": deadline}
+    graph = try_cuts(model, graph, example_inputs, **options)
+    return try_blocks(model, graph, example_inputs, **options) if blocks else graph
 
 
 def try_cuts(
@@ -102,10 +108,50 @@ def try_cuts(
             candidates = tuple(size for size in candidates if size not in more or size in harmless)
             graph = replace(graph, sizes=(*graph.sizes, *harmless))
             continue
-        guilty = _guilty(bench, graph, kept)
+        guilty = {
+            name: _frozen(name, graph.group(name).size, name, failure)
+            for name, failure in _guilty(bench, list(kept), _plan_of_groups(graph, kept)).items()
+        }
         candidates = tuple(size.without(guilty) for size in candidates)
         graph, trial = replace(graph.without(guilty), sizes=()), trial + 1
     return graph
+
+
+def try_blocks(
+    model: nn.Module,
+    graph: Graph,
+    example_inputs: Tensor | tuple[Tensor, ...],
+    *,
+    seed: int = 0,
+    num_trials: int = 3,
+    deadline: Deadline | None = None,
+) -> Graph:
+    """`graph`, which has passed its trials, with the residual blocks that can go: all at once, and random halves of them,
+    together with random cuts of the groups. The others stand among the frozen with what went wrong."""
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    bench = Bench(model, inputs, seed, macs=count(graph, {}).macs, deadline=deadline)
+    graph = replace(graph, blocks=find_blocks(bench.model, bench.inputs))
+    passed, trial = 0, 0
+    while passed < num_trials and graph.blocks:
+        kept = random_subsets(graph, seed=seed, trial=trial)
+        chosen = random_blocks(graph.blocks, seed=seed, trial=trial) if passed else graph.blocks
+        trial += 1
+        names = [block.name for block in chosen]
+        if bench.attempt(planned(graph, kept, removed_blocks=names)) is None:
+            passed += 1
+            continue
+        passed = 0
+        guilty = _guilty(bench, names, _plan_of_blocks(graph, kept))
+        found = {graph.block(name): failure for name, failure in guilty.items()}
+        graph = graph.without({b.key: _frozen(b.key, 1, b.name, failure) for b, failure in found.items()})
+    return graph
+
+
+def random_blocks(blocks: Sequence[Block], *, seed: int, trial: int = 0) -> list[Block]:
+    """Half of the blocks, at random, in running order."""
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + trial)
+    chosen = torch.randperm(len(blocks), generator=generator)[: (len(blocks) + 1) // 2]
+    return [blocks[b] for b in sorted(chosen.tolist())]
 
 
 def needed(model: nn.Module, failure: Failure, sizes: Sequence[Size]) -> list[Size]:
@@ -165,18 +211,17 @@ def random_subsets(graph: Graph, *, seed: int, trial: int = 0) -> dict[str, tupl
 # --- the search for the guilty ----------------------------------------------------------------------------------------
 
 
-def _guilty(bench: Bench, graph: Graph, kept: Kept) -> dict[str, Frozen]:
-    """Groups without which this trial passes, each with what went wrong when it was added to groups that pass.
+def _guilty(bench: Bench, rest: Sequence[str], plan_of: Callable[[Sequence[str]], Plan]) -> dict[str, Failure]:
+    """Groups, or blocks, without which this trial passes, each with what went wrong when it was added to those that pass.
 
-    Binary search for a group whose addition makes the trial fail: about log2(groups) cuts for each guilty group, and it
-    needs no assumption about which groups interact.
+    Binary search for one whose addition makes the trial fail: about log2(groups) cuts for each guilty one, and it
+    needs no assumption about which of them interact.
     """
-    guilty: dict[str, Frozen] = {}
+    guilty: dict[str, Failure] = {}
     innocent: list[str] = []  # cut together, these pass
-    rest = list(kept)
 
     def attempt(names: Sequence[str], *, explain: bool = False) -> Failure | None:
-        return bench.attempt(planned(graph, {name: kept[name] for name in names}), explain=explain)
+        return bench.attempt(plan_of(names), explain=explain)
 
     while rest and attempt([*innocent, *rest]):
         passes, fails = 0, len(rest)  # how many of the rest, added to the innocent, pass and fail
@@ -186,12 +231,22 @@ def _guilty(bench: Bench, graph: Graph, kept: Kept) -> dict[str, Frozen]:
         name = rest[passes]
         innocent, rest = [*innocent, *rest[:passes]], rest[fails:]
         failure = attempt([*innocent, name], explain=True)
-        guilty[name] = _frozen(graph.group(name), failure or Failure("the trial gives other results each time", ""))
+        guilty[name] = failure or Failure("the trial gives other results each time", "")
     return guilty
 
 
-def _frozen(group: Group, failure: Failure) -> Frozen:
-    return Frozen(group.name, group.size, OPERATION, failure.where or group.name, failure.error)
+def _plan_of_groups(graph: Graph, kept: Kept) -> Callable[[Sequence[str]], Plan]:
+    """Cuts these groups alone."""
+    return lambda names: planned(graph, {name: kept[name] for name in names})
+
+
+def _plan_of_blocks(graph: Graph, kept: Kept) -> Callable[[Sequence[str]], Plan]:
+    """Cuts all groups, and removes these blocks."""
+    return lambda names: planned(graph, kept, removed_blocks=names)
+
+
+def _frozen(name: str, size: int, where: str, failure: Failure) -> Frozen:
+    return Frozen(name, size, OPERATION, failure.where or where, failure.error)
 
 
 # --- one trial --------------------------------------------------------------------------------------------------------

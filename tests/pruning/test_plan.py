@@ -84,9 +84,9 @@ def test_a_plan_that_removes_nothing_has_no_slices():
 
 @pytest.mark.parametrize(
     ("kept", "message"),
-    [((), "keeps 0 of 4 channels"), ((1, 0), "must ascend"), ((2, 2), "must ascend"), ((4,), "at most 3")],
+    [((1, 0), "must ascend"), ((2, 2), "must ascend"), ((4,), "at most 3")],
 )
-def test_a_group_keeps_at_least_one_of_its_channels_in_order(kept, message):
+def test_a_group_keeps_its_channels_in_order(kept, message):
     with pytest.raises(ValueError, match=f"group g.*{message}"):
         PlannedGroup("g", 4, kept, ())
 

@@ -38,23 +38,19 @@ def find_blocks(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Block, ..
     finder = _Finder(model)
     with eval_mode(model), torch.random.fork_rng(devices=[]):
         finder.run(inputs)
-    owners = {id(tensor): [] for _, tensor in _named_tensors(model)}  # type: dict[int, list[str]]
-    for name, tensor in _named_tensors(model):
-        owners[id(tensor)].append(name)
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in (*parameters.items(), *model.named_buffers(remove_duplicate=False)):
+        names_of.setdefault(id(tensor), []).append(name)
     found: dict[str, Block] = {}
     for path, branches in finder.found.items():
-        own = [names for names in owners.values() if any(_inside(name, path) for name in names)]
+        own = [names for names in names_of.values() if any(_inside(name, path) for name in names)]
         alone = all(_inside(name, path) for names in own for name in names)
         once = all(finder.calls[name] == 1 for name in (path, *(branch.module for branch in branches)))
         tensors = tuple(name for names in own for name in names)
-        if path and alone and once and not parameters.isdisjoint(tensors):
+        if path and alone and once and not parameters.keys().isdisjoint(tensors):
             found[path] = Block(path, tensors, branches)
     return tuple(block for path, block in found.items() if not any(_inside(other, path) for other in found))
-
-
-def _named_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
 def _inside(name: str, path: str) -> bool:
@@ -99,7 +95,7 @@ class _Finder(PythonCalls):
         if isinstance(out, Tensor) and frame.calls > index:
             tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
             for running in self._running:
-                if running is not None and out.shape == running.x.shape:
+                if running is not None and out.numel() == running.x.numel():
                     self._follow(running.sums, getattr(func, "__name__", ""), tensors, out, (path, index))
         return out
 
@@ -111,7 +107,7 @@ class _Finder(PythonCalls):
             _, before = known[1 - branch] or (out, ())
             if tensors[branch].shape == out.shape:
                 sums[id(out)] = (out, (*before, Branch(path, (index, branch))))
-        elif len(tensors) == 1 and known[0] is not None and known[0][1]:  # an activation of a sum
+        elif len(tensors) == 1 and known[0] is not None and known[0][1]:  # an activation of a sum, or a view
             sums[id(out)] = (out, known[0][1])
 
     def _enter(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -122,8 +118,9 @@ class _Finder(PythonCalls):
         def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
             running = self._running.pop()
             self.calls[path] += 1
-            _, branches = running.sums.get(id(output), (output, ())) if running else (output, ())
-            if branches:
-                self.found[path] = branches
+            if running is not None and isinstance(output, Tensor) and output.shape == running.x.shape:
+                _, branches = running.sums.get(id(output), (output, ()))
+                if branches:
+                    self.found[path] = branches
 
         return hook

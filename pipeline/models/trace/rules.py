@@ -209,7 +209,7 @@ def split(trace: Trace, call: Call) -> None:
     listed = call.name.endswith("with_sizes")
     if listed and python.name == "split" and all(python.resolves(trace, (1, i)) for i in range(len(parts))):
         trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
-    elif not listed and len(ids) % len(parts) == 0:
+    elif len({piece.shape for piece in parts}) == 1:
         rows = ids.reshape(len(parts), -1)
         for row in rows[1:]:
             trace.unite(rows[0], row, call)

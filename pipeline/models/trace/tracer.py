@@ -190,6 +190,8 @@ class Trace:
         for other in known[1:]:
             self.unite(known[0], other, call)
         if blind:
+            if any(label is not None and label.axes for label in blind):
+                self.meet()  # it was split along another axis
             for ids in known:
                 self.freeze_as(ids, next((label.note for label in blind if label), None), call, CONSTANTS)
             return None
