@@ -226,6 +226,8 @@ def _is_number(value: Any) -> bool:
 
 # --- what each function's arguments count -----------------------------------------------------------------------------
 
+CONVOLUTIONS = {f"{kind}{n}d": at for kind, at in (("conv", 6), ("conv_transpose", 6)) for n in (1, 2, 3)}
+"""Convolutions -> the argument that states the groups."""
 NORMED = {"layer_norm": 1, "rms_norm": 1}
 """Functions that state the shape over which they normalise -> the argument that does."""
 SHAPED = {"reshape": 1, "view": 1, "expand": 1, "unflatten": 2}
@@ -247,6 +249,10 @@ def _counted(trace: Trace, call: PythonCall, output: Any) -> Iterator[tuple[Path
         label = trace.label(output)
         if label is not None and 1 in label.axes and call.args[1] > 1:
             yield (1,), label.axes[1].reshape(call.args[1], -1)[:, 0], False
+    elif call.name in CONVOLUTIONS and isinstance(output, Tensor):
+        label, groups = trace.label(output), _groups(call)
+        if label is not None and 1 in label.axes and groups is not None and groups[1] > 1:
+            yield (groups[0],), label.axes[1].reshape(groups[1], -1)[:, 0], False
     elif call.name == "narrow" and len(call.args) == 4:
         yield from _narrowed(trace, call)
     elif call.name == "__getitem__":
@@ -278,6 +284,14 @@ def _split(trace: Trace, call: PythonCall, parts: list[Tensor]) -> Iterator[tupl
         ids = label.axes.get(dim % part.dim()) if label else None
         if ids is not None:
             yield ((1, i) if isinstance(stated, tuple | list) else (1,)), ids, False
+
+
+def _groups(call: PythonCall) -> tuple[int | str, int] | None:
+    """Where a convolution states its groups, and how many."""
+    position = CONVOLUTIONS[call.name]
+    if "groups" in call.kwargs:
+        return "groups", call.kwargs["groups"]
+    return (position, call.args[position]) if len(call.args) > position else None
 
 
 def _narrowed(trace: Trace, call: PythonCall) -> Iterator[tuple[Path, Ids, bool]]:
