@@ -206,6 +206,8 @@ class Trace:
         results: list[dict[int, Ids]] = [{} for _ in call.outputs]
         for axis, ids in label.axes.items():
             for axes, plane in zip(results, tensors_in(run(spread(ids, x.shape, axis))), strict=True):
+                if not plane.numel():
+                    continue
                 small = core(tied(self, call, plane))
                 for new_axis, size in enumerate(small.shape):
                     if size > 1:
@@ -360,7 +362,11 @@ class Operations(TorchDispatchMode):
         call.name, rule = find(call.name)
         self.trace.mixes = False
         if rule is not None:
-            rule.apply(self.trace, call)
+            try:
+                rule.apply(self.trace, call)
+            except (RuntimeError, ValueError, LookupError, AssertionError) as error:
+                # A form of the operation that its rule does not know is not guessed either.
+                barrier(self.trace, call, f"the rule for this operation does not fit this form of it ({type(error).__name__}: {error})")
         elif torch.Tag.pointwise in call.func.tags and torch.Tag.nondeterministic_seeded not in call.func.tags:
             join(self.trace, call)
         else:
