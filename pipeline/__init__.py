@@ -9,8 +9,8 @@ pipeline.save(small, plan, "out/")
 
 from pipeline.export.artifact import load, save
 from pipeline.pruning.allocation import plan
-from pipeline.pruning.reference import mask
 from pipeline.pruning.plan import Budget, Plan
+from pipeline.pruning.reference import mask
 from pipeline.pruning.surgery import cut
 from pipeline.pruning.trials import trace
 from pipeline.pruning.verify import verify

@@ -201,6 +201,9 @@ class BudgetConfig(Section):
     """Least fraction of each group that stays."""
     round_to: int = Field(default=8, ge=1)
     """Kept channels are a multiple of this in groups larger than 32."""
+    max_blocks: float = Field(default=0.0, ge=0, le=1)
+    """Largest fraction of the residual blocks that may be removed whole, as far as they can be (trial cuts decide); 0: none, and none is
+    looked for."""
 
     @model_validator(mode="after")
     def _one(self) -> BudgetConfig:

@@ -108,6 +108,8 @@ def _plan(run: Run) -> dict[str, Any]:
         "budget_text": f"{fraction:.0%} of the {'MACs' if measure == 'macs' else 'parameters'} remain",
         "scope": plan.scope,
         "groups": [{"name": group.name, "size": group.size, "kept": len(group.kept)} for group in plan.groups],
+        "removed_blocks": [block.name for block in plan.blocks],
+        "num_blocks": len(run.graph().blocks) if run.config.budget.max_blocks else None,
     }
 
 

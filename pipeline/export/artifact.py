@@ -154,6 +154,8 @@ def _spec(
     normalisation: Mapping[str, Any],
 ) -> dict[str, Any]:
     dense = _build(factory, kwargs)
+    removed = [name for name, module in model.named_modules() if isinstance(module, standalone.Removed)]
+    _remove(dense, removed)
     _check_structure(model, dense)
     tensors, dense_tensors = dict(named_tensors(model)), dict(named_tensors(dense))
     persistent = set(model.state_dict())
@@ -164,6 +166,7 @@ def _spec(
         "factory": factory,
         "factory_kwargs": kwargs,
         "shapes": {n: list(t.shape) for n, t in tensors.items() if t.shape != dense_tensors[n].shape},
+        "removed": removed,
         "attributes": _changed_attributes(model, dense),
         "functions": {name: edits for name, module in model.named_modules() if (edits := standalone.edits_of(module))},
         "tied": _tied({name: t for name, t in tensors.items() if name in persistent | changed}),
@@ -175,6 +178,12 @@ def _spec(
         "versions": _versions(),
         "extra": extra,
     }
+
+
+def _remove(dense: nn.Module, names: list[str]) -> None:
+    """Take the residual blocks out of the dense network that are gone; what a factory does not build is told by `_check_structure`."""
+    there = dict(dense.named_modules())
+    standalone.remove_(dense, [name for name in names if name in there])
 
 
 def _check_structure(model: nn.Module, dense: nn.Module) -> None:

@@ -1,9 +1,11 @@
 """Rebuilds the pruned network beside this file: `from load import load; load()`. Needs torch, timm, safetensors."""
 
 import ast
+import functools
 import importlib
 import inspect
 import json
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -78,7 +80,7 @@ def rewrite_(module: nn.Module, edits: Sequence[Edit]) -> None:
     """Give this one module a copy of its methods in which sizes are other numbers. Raises ValueError if they moved."""
     cls = original_class(module)
     methods = {
-        name: _edited(inspect.unwrap(getattr(cls, name)), [([*rest], *edit) for (first, *rest), *edit in edits if first == name])
+        name: _edited(getattr(cls, name), [([*rest], *edit) for (first, *rest), *edit in edits if first == name])
         for name in dict.fromkeys(edit[0][0] for edit in edits)
     }  # fmt: skip
     names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "edits": [list(edit) for edit in edits]}
@@ -97,24 +99,49 @@ def edits_of(module: nn.Module) -> list[Edit]:
 
 def _edited(function: Any, edits: list[Any]) -> Any:
     """The function with its own edits (those without further functions), and with edited copies of what it calls."""
+    if hasattr(function, "__wrapped__"):
+        return _decorated(function, _edited(function.__wrapped__, edits))
     lines, first = inspect.getsourcelines(function)
     indented = lines[0][:1].isspace()
     tree: Any = ast.parse("if True:\n" * indented + "".join(lines))
     ast.increment_lineno(tree, first - 1 - indented)
     definition = (tree.body[0].body if indented else tree.body)[0]
-    definition.decorator_list = []
+    definition.decorator_list, definition.returns = [], None
+    for node in ast.walk(definition.args):  # names in there may be known to the class alone, or to type checkers
+        if isinstance(node, ast.arg):
+            node.annotation = None
+    definition.args.defaults = [ast.Constant(None) for _ in definition.args.defaults]
+    definition.args.kw_defaults = [default and ast.Constant(None) for default in definition.args.kw_defaults]
     own = {(line + first, column, text): value for names, line, column, text, value in edits if not names}
     numbers = _Numbers(own)
     numbers.visit(definition)
     if own:
-        raise ValueError(f"{function.__qualname__} no longer reads {', '.join(sorted(text for *_, text in own))}: its source has changed")
+        raise ValueError(
+            f"{function.__qualname__} no longer reads {', '.join(sorted(text for *_, text in own))}: its source has changed"
+        )
     code, scope = function.__code__, dict(function.__globals__)
     for name in dict.fromkeys(names[0] for names, *_ in edits if names):
-        scope[name] = _edited(inspect.unwrap(scope[name]), [(names[1:], *edit) for names, *edit in edits if names and names[0] == name])
+        scope[name] = _edited(scope[name], [(names[1:], *edit) for names, *edit in edits if names and names[0] == name])
     make = ast.parse(f"def make({', '.join(code.co_freevars)}): return {definition.name}").body[0]
     make.body.insert(0, definition)  # type: ignore[attr-defined]
     exec(compile(ast.fix_missing_locations(ast.Module([make], [])), code.co_filename, "exec"), scope)
-    return scope.pop("make")(*(cell.cell_contents for cell in function.__closure__ or ()))
+    edited = scope.pop("make")(*(cell.cell_contents for cell in function.__closure__ or ()))
+    edited.__defaults__, edited.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
+    return edited
+
+
+def _decorated(wrapper: Any, inside: Any) -> Any:
+    """What a decorator has made of a function, made of another one."""
+    cells = getattr(wrapper, "__closure__", None) or ()
+    found = [cell.cell_contents is wrapper.__wrapped__ for cell in cells]
+    if not any(found):
+        raise ValueError(
+            f"{wrapper.__qualname__} is decorated by something that does not hold it: its sizes cannot be changed"
+        )
+    own = tuple(types.CellType(inside) if this else cell for cell, this in zip(cells, found, strict=True))
+    copied = types.FunctionType(wrapper.__code__, wrapper.__globals__, wrapper.__name__, wrapper.__defaults__, own)
+    copied.__kwdefaults__ = wrapper.__kwdefaults__
+    return functools.update_wrapper(copied, inside)
 
 
 class _Numbers(ast.NodeTransformer):
@@ -146,7 +173,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         del is_causal  # a hint: the mask says the same
-        single, inputs, bias = query.dim() == 2, (query, key, value), self.in_proj_bias
+        single, bias = query.dim() == 2, self.in_proj_bias
+        inputs: tuple[Tensor, ...] = (query, key, value)
         if single:
             inputs = tuple(x.unsqueeze(0) for x in inputs)
         elif not self.batch_first:
@@ -154,13 +182,13 @@ class MultiheadAttention(nn.MultiheadAttention):
         if query is key and key is value:
             q, k, v = F.linear(inputs[0], self.in_proj_weight, bias).chunk(3, dim=-1)
         else:
-            weights, biases = self.in_proj_weight.chunk(3), bias.chunk(3) if bias is not None else (None,) * 3
-            q, k, v = (F.linear(x, w, b) for x, w, b in zip(inputs, weights, biases, strict=True))
+            matrices, biases = self.in_proj_weight.chunk(3), bias.chunk(3) if bias is not None else (None,) * 3
+            q, k, v = (F.linear(x, w, b) for x, w, b in zip(inputs, matrices, biases, strict=True))
         q = q.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)  # [N, heads, L, head_dim]
         k = k.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         v = v.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         mask = _additive(attn_mask, key_padding_mask, q)
-        weights = None
+        weights: Tensor | None = None
         if need_weights:
             scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
             weights = (scores if mask is None else scores + mask).softmax(-1)
@@ -184,7 +212,7 @@ def _additive(mask: Tensor | None, padding: Tensor | None, q: Tensor) -> Tensor 
     if mask is not None:
         total = scores(mask.unflatten(0, (len(q), -1)) if mask.dim() == 3 else mask)
     if padding is not None:
-        per_key = scores(padding)[:, None, None, :]
+        per_key = scores(padding).reshape(-1, 1, 1, padding.shape[-1])
         total = per_key if total is None else total + per_key
     return total
 

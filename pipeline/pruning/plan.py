@@ -349,7 +349,9 @@ def _decode(text: str) -> Plan:
         dense=_decode_costs(document, "dense"),
         kept=_decode_costs(document, "kept"),
         shapes=shapes,
-        sizes=tuple(_decode_size(size, f"plan.sizes[{i}]") for i, size in enumerate(_field(document, "sizes", list, "plan"))),
+        sizes=tuple(
+            _decode_size(size, f"plan.sizes[{i}]") for i, size in enumerate(_field(document, "sizes", list, "plan"))
+        ),
         heads=tuple(_field(document, "heads", list, "plan")),
         blocks=tuple(
             _decode_block(block, f"plan.removed_blocks[{i}]")

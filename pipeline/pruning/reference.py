@@ -2,7 +2,8 @@
 
 While it runs, labels go along (`models.trace`), so each operation knows which positions of its operands are removed. A
 contraction reads zeros there; an operation that takes a statistic over channels (LayerNorm, a softmax over channels) takes
-it over those that are kept. The branches of a removed block are zeros where they enter their sum. Whatever the removed channels still compute (a sigmoid makes 0.5 of 0), nothing sees it.
+it over those that are kept. Whatever the removed channels still compute (a sigmoid makes 0.5 of 0), nothing sees it. The
+branches of a removed block are zeros where they enter their sum.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from pipeline.models.modes import uncached
 from pipeline.models.trace.labels import Ids, Label, Slots
 from pipeline.models.trace.table import Call, find, tensors_in
 from pipeline.models.trace.tracer import Operations, PythonCalls, Trace, module_stack
@@ -68,7 +70,13 @@ class Masked(nn.Module):
         modules = dict(self.model.named_modules())
         calls, handles = in_calls(modules, self._branches, zeros) if self._branches else (nullcontext(), [])
         try:
-            with module_stack(self.model, trace), calls, PythonCalls(trace, sizes=False), _KeptOnly(trace, self._removed):
+            with (
+                uncached(self.model),
+                module_stack(self.model, trace),
+                calls,
+                PythonCalls(trace, sizes=False),
+                _KeptOnly(trace, self._removed),
+            ):
                 return self.model(*inputs, **named)
         finally:
             for handle in handles:

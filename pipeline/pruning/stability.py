@@ -14,10 +14,12 @@ from pipeline.saliency.criteria import ranks
 def plan_change(first: Plan, second: Plan) -> float:
     """Share of the removed channels that the two plans do not have in common: 0 for the same plan, 1 for no channel in common.
 
-    The complement of Dice's coefficient over the sets of removed channels.
+    The complement of Dice's coefficient over the sets of removed channels. A removed block counts as one more.
     """
     removed_of = [
-        {(group.name, channel) for group in plan.groups for channel in group.removed} for plan in (first, second)
+        {(group.name, channel) for group in plan.groups for channel in group.removed}
+        | {(block.key, 0) for block in plan.blocks}
+        for plan in (first, second)
     ]
     total = len(removed_of[0]) + len(removed_of[1])
     return len(removed_of[0] ^ removed_of[1]) / total if total else 0.0

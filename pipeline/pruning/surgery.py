@@ -19,6 +19,7 @@ from torch.nn.utils import parametrize
 
 from pipeline.models import standalone
 from pipeline.models.graph import Size
+from pipeline.models.modes import caches
 from pipeline.pruning.plan import Plan
 
 Slices = Mapping[str, Mapping[int, Tensor]]
@@ -133,8 +134,9 @@ def cut(model: nn.Module, plan: Plan) -> nn.Module:
     check_plan(model, plan)
     gone, blocks = plan.removed_tensors(), [block.name for block in plan.blocks]
     small = cut_slices(model, {name: dims for name, dims in plan.slices().items() if name not in gone}, blocks)
-    kept, modules = plan.kept_by_group(), {name for name, _ in small.named_modules(remove_duplicate=False)}
-    update_sizes_(model, small, [(size, size.value(kept)) for size in plan.sizes if size.module in modules])
+    kept = plan.kept_by_group()
+    sizes = [size for size in plan.sizes if not any(f"{size.module}.".startswith(f"{name}.") for name in blocks)]
+    update_sizes_(model, small, [(size, size.value(kept)) for size in sizes])
     return small
 
 
@@ -149,6 +151,8 @@ def cut_slices(model: nn.Module, slices: Slices, removed_blocks: Collection[str]
     small = copy.deepcopy(model, memo)
     for tensor in (*small.parameters(), *small.buffers()):
         tensor.grad = None
+    for cache in list(caches(small)):
+        cache.clear()
     _update_attributes(model, small, kept)
     return small
 

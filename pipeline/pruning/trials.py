@@ -32,8 +32,8 @@ from pipeline.models.costs import count
 from pipeline.models.graph import Block, Frozen, Graph, Size
 from pipeline.models.standalone import open_attention_, original_class
 from pipeline.models.trace import Deadline, find_blocks, propagate
-from pipeline.pruning.reference import Masked, mask
 from pipeline.pruning.plan import Plan, planned
+from pipeline.pruning.reference import Masked, mask
 from pipeline.pruning.surgery import cut
 from pipeline.pruning.verify import CutMismatch, compare, output_tensors
 

@@ -133,7 +133,14 @@ def findings(summary: Summary) -> list[str]:
         )
     if onnx_batch_sizes(summary):
         found.append("ONNX Runtime was timed on the CPU, with as many threads as a worker has.")
-    return [*found, *_settled(summary), *_masked(summary)]
+    return [*found, *_shortened(summary), *_settled(summary), *_masked(summary)]
+
+
+def _shortened(summary: Summary) -> list[str]:
+    removed, every = summary["plan"]["removed_blocks"], summary["plan"]["num_blocks"]
+    if every is None:
+        return []
+    return [f"Of {every} residual blocks that can go, {len(removed)} are removed{': ' if removed else ''}{', '.join(removed)}."]
 
 
 def _settled(summary: Summary) -> list[str]:

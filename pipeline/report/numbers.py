@@ -54,6 +54,9 @@ class PlanFigures(TypedDict):
     budget: dict[str, float]
     scope: str | None
     groups: list[PlannedWidth]
+    removed_blocks: list[str]
+    num_blocks: int | None
+    """Residual blocks that could have gone; null where none was to go."""
 
 
 class Masks(TypedDict):
@@ -175,7 +178,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "dense": _MEASURED,
     "pruned": _PRUNED,
     "saliency": ("criterion", "rows", "units", "workers", "sha256", "seconds", "rows_per_s", "skipped", *_PASS),
-    "plan": ("sha256", "scope"),
+    "plan": ("sha256", "scope", "num_blocks"),
     "masks": ("sha256",),
     "stability": ("rows", "median_error", "p90_error"),
     "weight_masks": ("pattern", "criterion", "scope", "sha256", "kept", "weights", "num_whole", "top1"),
@@ -217,6 +220,7 @@ def complete(given: Mapping[str, Any]) -> Summary:
         name: _control(f"controls.{name}", controls.get(name)) for name in dict.fromkeys((*_CONTROLS, *controls))
     }
     result["plan"]["budget"] = _mapping("plan.budget", result["plan"].get("budget"))
+    result["plan"]["removed_blocks"] = list(result["plan"].get("removed_blocks") or [])
     result["environment"] = {**dict.fromkeys(_ENVIRONMENT), **_mapping("environment", result.get("environment"))}
     for path, keys in _RECORDS.items():
         *parents, last = path.split(".")

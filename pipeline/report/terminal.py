@@ -80,3 +80,5 @@ def print_graph(name: str, graph: Any, costs: Any, console: Console) -> None:
     for one in graph.frozen:
         frozen.add_row(Text(one.group), str(one.size), Text(one.operation), Text(one.where), Text(one.reason))
     console.print(frozen)
+    if graph.blocks:
+        console.print(Text(f"residual blocks that can go: {', '.join(block.name for block in graph.blocks)}"))

@@ -1,5 +1,7 @@
 """Rules for channels: pure functions from stored statistics and weights to a saliency for each channel of each group.
 
+Where a graph has residual blocks, each of them gets a number, too, as if it were a group of one channel.
+
 # C = channels of a group, K = entries that one channel owns along one tensor dimension
 """
 
@@ -10,12 +12,12 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from pipeline.models.graph import Graph, Group, Member
+from pipeline.models.graph import Block, Graph, Group, Member
 from pipeline.saliency.reading import num_rows, statistic, weight_of
 from pipeline.saliency.weight_rules import uniform
 
 Saliency = dict[str, Tensor]
-"""group name -> float64 [C]; higher = keep."""
+"""group name -> float64 [C], key of a block -> float64 [1]; higher = keep."""
 
 
 # --- from the loss ---------------------------------------------------------------------------------------------------
@@ -60,28 +62,31 @@ def signed_taylor(graph: Graph, statistics: Mapping[str, Tensor], weights: Mappi
 
 
 def group_fisher(graph: Graph, statistics: Mapping[str, Tensor], weights: Mapping[str, Tensor], seed: int) -> Saliency:
-    """`fisher` per output value that the channel costs: its activations at every contraction that writes it, for one row.
+    """`fisher` per output value that the channel costs: its activations at every contraction that writes it, for one row; for a block,
+    those of all its contractions.
 
     Source: Liu et al., "Group Fisher Pruning for Practical Network Compression", ICML 2021, section 3.4 (memory as the cost).
     """
     positions = {contraction.tensor: contraction.positions for contraction in graph.contractions}
-    saliency = {}
-    for group, score_C in zip(graph.groups, fisher(graph, statistics, weights, seed).values(), strict=True):
-        values = sum(positions.get(m.tensor, 0) * m.index_CK.shape[1] for m in group.members if m.role == "out")
-        saliency[group.name] = score_C / max(values, 1)
-    return saliency
+    costs = {
+        group.name: sum(positions.get(m.tensor, 0) * m.index_CK.shape[1] for m in group.members if m.role == "out")
+        for group in graph.groups
+    }
+    for block in graph.blocks:
+        costs[block.key] = sum(positions[name] * graph.shapes[name][0] for name in block.tensors if name in positions)
+    return {name: score / max(costs[name], 1) for name, score in fisher(graph, statistics, weights, seed).items()}
 
 
 def _per_row(graph: Graph, statistics: Mapping[str, Tensor], kind: str) -> Saliency:
     rows = num_rows(statistics)
-    return {group.name: _of_group(statistics, kind, group) / rows for group in graph.groups}
+    return {name: _of_group(statistics, kind, name, size) / rows for name, size in graph.scored().items()}
 
 
-def _of_group(statistics: Mapping[str, Tensor], kind: str, group: Group) -> Tensor:
-    total_C = statistic(statistics, f"{kind}/{group.name}").double()
-    if total_C.shape != (group.size,):
+def _of_group(statistics: Mapping[str, Tensor], kind: str, name: str, size: int) -> Tensor:
+    total_C = statistic(statistics, f"{kind}/{name}").double()
+    if total_C.shape != (size,):
         raise ValueError(
-            f"statistic '{kind}/{group.name}' has shape {list(total_C.shape)}, the group has {group.size} "
+            f"statistic '{kind}/{name}' has shape {list(total_C.shape)}, the group has {size} "
             "channels. It was scored on another network: score this one."
         )
     return total_C
@@ -133,7 +138,7 @@ def _moments(group: Group, statistics: Mapping[str, Tensor]) -> tuple[Tensor, Te
 
 
 def summed(rule: Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor], int], Tensor]) -> Callable[..., Saliency]:
-    """A rule for channels from one for weights whose scores add up: the sum over all weights that a channel owns."""
+    """A rule for channels from one for weights whose scores add up: the sum over all weights that a channel, or a block, owns."""
 
     def rule_for_channels(
         graph: Graph, statistics: Mapping[str, Tensor], weights: Mapping[str, Tensor], seed: int
@@ -144,10 +149,19 @@ def summed(rule: Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor], int]
                 if member.role in ("out", "in"):
                     score = rule(member.tensor, statistics, weights, seed)
                     saliency[group.name] += _entries(member, {member.tensor: score}).sum(dim=1)
+        for block in graph.blocks:
+            scores = [rule(name, statistics, weights, seed).sum() for name in _multiplied(graph, block)]
+            saliency[block.key] = torch.stack(scores).sum().reshape(1) if scores else torch.zeros(1).double()
         return saliency
 
     rule_for_channels.__doc__ = rule.__doc__
     return rule_for_channels
+
+
+def _multiplied(graph: Graph, block: Block) -> list[str]:
+    """Weights of a block's contractions."""
+    own = {*block.tensors}
+    return [contraction.tensor for contraction in graph.contractions if contraction.tensor in own]
 
 
 # --- from the weights alone ------------------------------------------------------------------------------------------
@@ -156,18 +170,24 @@ def summed(rule: Callable[[str, Mapping[str, Tensor], Mapping[str, Tensor], int]
 def magnitude_l1(graph: Graph, statistics: Mapping[str, Tensor], weights: Mapping[str, Tensor], seed: int) -> Saliency:
     """L1 norm of all weights of a channel, where it is written and where it is read, divided by the group's mean.
 
+    Of a block: the mean |w| of its contractions, divided by that of all blocks. Ours, since blocks of a network differ in size.
+
     Source: Li et al., "Pruning Filters for Efficient ConvNets", ICLR 2017; over all members of a group: Fang et al.,
     "DepGraph: Towards Any Structural Pruning", CVPR 2023.
     """
-    return {group.name: _over_mean(_powers(group, weights, 1)) for group in graph.groups}
+    channels = {group.name: _over_mean(_powers(group, weights, 1)) for group in graph.groups}
+    return channels | _of_blocks(graph, weights, 1)
 
 
 def magnitude_l2(graph: Graph, statistics: Mapping[str, Tensor], weights: Mapping[str, Tensor], seed: int) -> Saliency:
     """L2 norm of all weights of a channel, where it is written and where it is read, divided by the group's mean.
 
+    Of a block: the root of the mean w^2 of its contractions, divided by that of all blocks. Ours, since blocks differ in size.
+
     Source: Fang et al., "DepGraph: Towards Any Structural Pruning", CVPR 2023.
     """
-    return {group.name: _over_mean(_powers(group, weights, 2).sqrt()) for group in graph.groups}
+    channels = {group.name: _over_mean(_powers(group, weights, 2).sqrt()) for group in graph.groups}
+    return channels | _of_blocks(graph, weights, 2)
 
 
 def bn_scale(graph: Graph, statistics: Mapping[str, Tensor], weights: Mapping[str, Tensor], seed: int) -> Saliency:
@@ -205,6 +225,16 @@ def _powers(group: Group, weights: Mapping[str, Tensor], power: int) -> Tensor:
     return total_C
 
 
+def _of_blocks(graph: Graph, weights: Mapping[str, Tensor], power: int) -> Saliency:
+    """(mean |w|^power)^(1 / power) over the contractions of each block, as a multiple of the blocks' mean."""
+    found = []
+    for block in graph.blocks:
+        values = [weight_of(weights, name).abs().pow(power).reshape(-1) for name in _multiplied(graph, block)]
+        found.append(torch.cat(values).mean().pow(1 / power) if values else torch.zeros(()).double())
+    score_B = _over_mean(torch.stack(found)) if found else torch.zeros(0)
+    return {block.key: score.reshape(1) for block, score in zip(graph.blocks, score_B, strict=True)}
+
+
 def _entries(member: Member, weights: Mapping[str, Tensor]) -> Tensor:
     """The entries that each channel owns; float64 [C, K * rest]."""
     along = weight_of(weights, member.tensor).movedim(member.dim, 0)
@@ -219,4 +249,4 @@ def _over_mean(score_C: Tensor) -> Tensor:
 
 def random(graph: Graph, statistics: Mapping[str, Tensor], weights: Mapping[str, Tensor], seed: int) -> Saliency:
     """Uniform on [0, 1): the control that every criterion must beat. Only the seed and the group's name decide."""
-    return {group.name: uniform(f"{seed}/{group.name}", (group.size,)) for group in graph.groups}
+    return {name: uniform(f"{seed}/{name}", (size,)) for name, size in graph.scored().items()}

@@ -9,7 +9,8 @@ emptying one layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -37,6 +38,8 @@ class Rule:
     name: str = ""
     error: tuple[str, str] | None = None
     """Kinds whose sums over rows give the score's standard error: of the values, and of their squares."""
+    blocks: bool = True
+    """Of rules for channels: does it give a number to residual blocks, too?"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +52,10 @@ class Criterion:
 
 def _summed(rule: Rule) -> Criterion:
     return Criterion(Rule(channels.summed(rule.fn), rule.needs, "global"), rule)
+
+
+def _channels_only(fn: Callable[..., Any], needs: tuple[str, ...] = ()) -> Rule:
+    return Rule(fn, needs, "layer", blocks=False)
 
 
 def _loss(fn: Callable[..., Any], kind: str, error: tuple[str, str] | None = None) -> Rule:
@@ -65,12 +72,12 @@ CRITERIA: dict[str, Criterion] = {
     "signed_taylor": Criterion(_loss(channels.signed_taylor, "gate_sum")),
     "fisher": Criterion(_loss(channels.fisher, "gate_square", _SQUARE_ERROR), _loss(weights.fisher, "grad_square")),
     "group_fisher": Criterion(Rule(channels.group_fisher, ("gate_square", "rows"), "flat")),
-    "activation_mean": Criterion(Rule(channels.activation_mean, ("input_sum", "input_square"), "layer")),
-    "activation_variance": Criterion(Rule(channels.activation_variance, ("input_sum", "input_square"), "layer")),
+    "activation_mean": Criterion(_channels_only(channels.activation_mean, ("input_sum", "input_square"))),
+    "activation_variance": Criterion(_channels_only(channels.activation_variance, ("input_sum", "input_square"))),
     "magnitude": Criterion(Rule(channels.magnitude_l2, (), "layer"), MAGNITUDE),
     "magnitude_l1": Criterion(Rule(channels.magnitude_l1, (), "layer"), MAGNITUDE),
     "magnitude_l2": Criterion(Rule(channels.magnitude_l2, (), "layer"), MAGNITUDE),
-    "bn_scale": Criterion(Rule(channels.bn_scale, (), "layer")),
+    "bn_scale": Criterion(_channels_only(channels.bn_scale)),
     "random": Criterion(Rule(channels.random, (), "layer"), Rule(weights.random, (), "layer")),
     "gradient": _summed(_loss(weights.gradient, "grad_abs")),
     "snip": _summed(_loss(weights.snip, "grad_sum")),
@@ -115,7 +122,7 @@ def _find(target: Target, name: str) -> Rule:
     chosen: Rule | None = getattr(criterion, target)
     if chosen is None:
         raise ValueError(f"criterion {name!r} has no rule for {target}; known criteria for {target}: {known(target)}.")
-    return Rule(chosen.fn, chosen.needs, chosen.scope, name, chosen.error)
+    return replace(chosen, name=name)
 
 
 # --- joint criteria ----------------------------------------------------------------------------------------------------
@@ -124,23 +131,30 @@ def _find(target: Target, name: str) -> Rule:
 def _fused(target: Target, rules: Sequence[Rule], shares: Sequence[float]) -> Rule:
     """Weighted mean of the rules' ranks, as fractions in (0, 1]: what it takes to join scores without a common unit.
 
-    Channels are ranked over all groups if every rule competes there, otherwise within each group; weights within their tensor. Ranks
-    are no losses, so they are not divided by costs: the scope is "flat", or "layer".
+    Channels are ranked over all groups if every rule competes there, otherwise within each group; blocks among themselves, weights
+    within their tensor. Ranks are no losses, so they are not divided by costs: the scope is "flat", or "layer".
 
     Source: mean rank of Dwork et al., "Rank Aggregation Methods for the Web", WWW 2001 (Borda's method).
     """
     everywhere = target == "channels" and all(rule.scope in ("global", "flat") for rule in rules)
+    with_blocks = all(rule.blocks for rule in rules)
 
     def for_channels(
         graph: Graph, statistics: Mapping[str, Tensor], state: Mapping[str, Tensor], seed: int
     ) -> Saliency:
-        sizes = [group.size for group in graph.groups]
-        total = torch.zeros(sum(sizes), dtype=torch.float64)
-        for rule, share in zip(rules, shares, strict=True):
-            scores = list(rule.fn(graph, statistics, state, seed).values())
-            ranked = [ranks(torch.cat(scores))] if everywhere and scores else [ranks(score) for score in scores]
-            total += share * torch.cat(ranked) if ranked else total
-        return {group.name: part.clone() for group, part in zip(graph.groups, total.split(sizes), strict=True)}
+        groups = [[group.name for group in graph.groups]] if everywhere else [[group.name] for group in graph.groups]
+        sets = [*groups, [block.key for block in graph.blocks] if with_blocks else []]
+        sizes = graph.scored()
+        fused: Saliency = {}
+        scores = [rule.fn(graph, statistics, state, seed) for rule in rules]
+        for names in (names for names in sets if names):
+            ranked = [
+                share * ranks(torch.cat([score[name] for name in names]))
+                for score, share in zip(scores, shares, strict=True)
+            ]
+            parts = reduce(torch.add, ranked).split([sizes[name] for name in names])
+            fused |= {name: part.clone() for name, part in zip(names, parts, strict=True)}
+        return fused
 
     def for_weights(tensor: str, statistics: Mapping[str, Tensor], state: Mapping[str, Tensor], seed: int) -> Tensor:
         scores = [
@@ -155,6 +169,7 @@ def _fused(target: Target, rules: Sequence[Rule], shares: Sequence[float]) -> Ru
         tuple(dict.fromkeys(kind for rule in rules for kind in rule.needs)),
         "flat" if everywhere else "layer",
         " + ".join(names),
+        blocks=with_blocks,
     )
 
 

@@ -1,12 +1,14 @@
 """Statistics of the saliency pass: additive sums over rows, from which every criterion is computed afterwards.
 
 # N = rows of a micro-batch, C = channels of a group, K = entries of one channel, F = input features of a contraction
-# A = channels of all groups, side by side in the order of the graph
+# A = channels of all groups, side by side in the order of the graph, then the residual blocks that can go, one each
 
 A channel gate multiplies a channel by 1 where the network reads it; the gradient at the gate of row n is
 s[n, c] = sum x * dL/dx over the channel's entries at *all* its consumers, which is the first-order change of that row's loss when
 the channel is cut. Gates sit at the consumers and not at the producers, because that is where a cut acts: biases, squeeze-and-excite
 factors and activations without s(0) = 0 on the way are then accounted for exactly. The sum over consumers comes before abs and square.
+
+A block's gate multiplies its branches by 1 where they enter their sums: s[n] = sum branch * dL/dbranch over all elements and branches.
 
 No weight gradient is needed, so the pass is cheaper than a training step. The loss is summed over rows, never averaged: nothing
 depends on the batch.
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
-from pipeline.models.graph import Graph, Site
+from pipeline.models.graph import Branch, Graph, Site
 from pipeline.models.modes import eval_mode
 from pipeline.saliency.calls import in_calls
 
@@ -37,8 +39,8 @@ INPUT_KINDS = ("input_sum", "input_square", "input_count")
 HALF = (torch.float16, torch.bfloat16)
 
 Tap = Callable[[Tensor, Tensor], None]
-SiteOf = tuple[str, int, Site]
-"""Group, position among its consumers, and the consumer."""
+SiteOf = tuple[str, int, Site | Branch]
+"""Group, position among its consumers, and the consumer; of a block its key and branches."""
 
 
 class SaliencyError(ValueError):
@@ -46,33 +48,38 @@ class SaliencyError(ValueError):
 
 
 class _Gate(torch.autograd.Function):
-    """Identity forward; backward shows the input and its gradient to `tap`. Costs no multiplication in the forward pass."""
+    """Identity forward; backward shows the input and its gradient to `tap`. Costs no multiplication in the forward pass.
+
+    copy: what it was given may be written into afterwards; given_away: what it returns.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, tap: Tap, copy: bool) -> Tensor:
-        out = x.clone() if copy else x.view_as(x)
-        ctx.save_for_backward(out)
+    def forward(ctx: Any, x: Tensor, tap: Tap, copy: bool, given_away: bool) -> Tensor:
+        out = x.clone() if copy or given_away else x.view_as(x)
+        ctx.save_for_backward(x if given_away else out)
         ctx.tap = tap
         return out
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
         (x,) = ctx.saved_tensors
         ctx.tap(x, grad)
-        return grad, None, None
+        return grad, None, None, None
 
 
-def gate_terms(x: Tensor, grad: Tensor, axis: int) -> Tensor:
-    """s per entry of the first axis and feature: x * dL/dx summed over all other axes; float64 [len(x), F]."""
+def gate_terms(x: Tensor, grad: Tensor, axis: int | None) -> Tensor:
+    """s per entry of the first axis and feature: x * dL/dx summed over all other axes; float64 [len(x), F]. No axis: F is 1."""
     if x.dtype in HALF:
         x, grad = x.float(), grad.float()
     product = x * grad
+    if axis is None:
+        return product.reshape(len(product), -1).sum(1, keepdim=True).double()
     other = [dim for dim in range(1, x.dim()) if dim != axis % x.dim()]
     return (product.sum(dim=other) if other else product).double()
 
 
 class GateStatistics:
-    """A Task: channel gates of every group for each row of a micro-batch; on request gradients and inputs of every weight.
+    """A Task: gates of every group and block for each row of a micro-batch; on request gradients and inputs of every weight.
 
     Args:
         model: the dense network; evaluated with its running statistics, since a row's saliency must not depend on its neighbours.
@@ -93,7 +100,7 @@ class GateStatistics:
         self.graph = graph
         self.weights = weights
         self.inputs = inputs
-        sizes = tuple(group.size for group in graph.groups)
+        sizes = tuple(graph.scored().values())
         self.segments: Mapping[str, tuple[int, ...]] = {kind: sizes for kind in GATE_KINDS} if sizes else {}
         """Groups differ in scale: each has a grid of its own."""
         self._device = torch.device("cpu")
@@ -113,9 +120,9 @@ class GateStatistics:
             for parameter in multiplied(self.model, self.graph).values():
                 parameter.requires_grad_()
         self._indices = {
-            (group.name, i): site.index_CK.to(device)
-            for group in self.graph.groups
-            for i, site in enumerate(group.consumers)
+            (name, i): (site.index_CK if isinstance(site, Site) else torch.zeros(1, 1, dtype=torch.int64)).to(device)
+            for name, sites in self.graph.gates().items()
+            for i, site in enumerate(sites)
         }
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
@@ -151,20 +158,20 @@ class GateStatistics:
             self._copy = True
             self._drop_gradients()
             loss = self._backward(images_NCHW, labels_N)
-        for group in self.graph.groups:
-            if group.name not in self._tapped:
+        for name, sites in self.graph.gates().items():
+            if name not in self._tapped:
                 raise SaliencyError(
-                    f"no gradient reaches any consumer of group '{group.name}' ({', '.join(s.module for s in group.consumers)}): it "
+                    f"no gradient reaches any consumer of group '{name}' ({', '.join(site.module for site in sites)}): it "
                     "runs under no_grad, behind detach() or in a reentrant checkpoint, and its saliency would be a silent 0. "
                     "Take that out for scoring (checkpoint: use_reentrant=False), or freeze the group with Graph.without."
                 )
         return loss
 
     def _backward(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
-        sizes = [group.size for group in self.graph.groups]
-        self._terms_NA = torch.zeros(len(labels_N), sum(sizes), dtype=torch.float64, device=self._device)
-        views = self._terms_NA.split(sizes, dim=1) if sizes else ()
-        self._terms = {group.name: view for group, view in zip(self.graph.groups, views, strict=True)}
+        sizes = self.graph.scored()
+        self._terms_NA = torch.zeros(len(labels_N), sum(sizes.values()), dtype=torch.float64, device=self._device)
+        views = self._terms_NA.split([*sizes.values()], dim=1) if sizes else ()
+        self._terms = dict(zip(sizes, views, strict=True))
         self._tapped, self._inputs = set(), {}
         handles, calls = self._install()
         try:
@@ -208,13 +215,13 @@ class GateStatistics:
         """One hook per consumer module, whichever groups it reads; a mode for the calls that modules make by themselves."""
         taps: dict[str, list[SiteOf]] = {}
         calls: dict[tuple[str, int], dict[int, list[SiteOf]]] = {}
-        for group in self.graph.groups:
-            for i, site in enumerate(group.consumers):
+        for name, sites in self.graph.gates().items():
+            for i, site in enumerate(sites):
                 if site.call is None:
-                    taps.setdefault(site.module, []).append((group.name, i, site))
+                    taps.setdefault(site.module, []).append((name, i, site))
                 else:
                     call, operand = site.call
-                    calls.setdefault((site.module, call), {}).setdefault(operand, []).append((group.name, i, site))
+                    calls.setdefault((site.module, call), {}).setdefault(operand, []).append((name, i, site))
         modules = dict(self.model.named_modules())
         # What runs before the first layer's own hooks counts for the layer around it: `in_calls` installs first.
         mode, handles = in_calls(modules, calls, self._gated) if calls else (nullcontext(), [])
@@ -228,7 +235,8 @@ class GateStatistics:
 
     def _gated(self, x: Tensor, sites: list[SiteOf]) -> Tensor:
         """x behind a gate that adds its terms to the groups whose channels end here."""
-        axis = sites[0][2].axis
+        site = sites[0][2]
+        axis = site.axis if isinstance(site, Site) else None
 
         def tap(x: Tensor, grad: Tensor) -> None:
             terms_NF = self._by_row(gate_terms(x, grad, axis), sites[0])
@@ -238,7 +246,8 @@ class GateStatistics:
 
         if not x.requires_grad:  # below the first gate nothing needs a gradient: start the tape here
             x = x.detach().requires_grad_()
-        return _Gate.apply(x, tap, self._copy)  # type: ignore[no-any-return]
+        # A sum writes into its branch as often as not: `out += x`.
+        return _Gate.apply(x, tap, self._copy, isinstance(site, Branch))  # type: ignore[no-any-return]
 
     def _hook(self, sites: list[SiteOf]) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -301,12 +310,12 @@ def _input_hook(name: str, sums: dict[str, Tensor]) -> Callable[[nn.Module, tupl
 
 def by_group(graph: Graph, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Statistics as criteria read them: "gate_abs" [A] becomes "gate_abs/<group>" [C], "gate_abs@2" "gate_abs@2/<group>"."""
-    sizes = [group.size for group in graph.groups]
+    sizes = graph.scored()
     found: dict[str, Tensor] = {}
     for name, value in values.items():
         if name.partition("@")[0] in GATE_KINDS:
-            parts = value.split(sizes)
-            found |= {f"{name}/{group.name}": part.clone() for group, part in zip(graph.groups, parts, strict=True)}
+            parts = value.split([*sizes.values()])
+            found |= {f"{name}/{key}": part.clone() for key, part in zip(sizes, parts, strict=True)}
         else:
             found[name] = value
     return found

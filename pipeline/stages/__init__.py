@@ -9,7 +9,7 @@ from pipeline.export import onnx
 from pipeline.run import Run, environment
 from pipeline.stages.cutting import calibrate, cut_and_verify
 from pipeline.stages.masking import check_masks, mask_weights, require_maskable
-from pipeline.stages.planning import check_stop, kinds_needed, plan
+from pipeline.stages.planning import check_blocks, check_stop, kinds_needed, plan
 from pipeline.stages.results import evaluate_after, evaluate_before, export, export_forms, latency, onnx_latency
 from pipeline.stages.scoring import curvature, score, trace_groups
 from pipeline.stages.training import dense, recover, training_order
@@ -64,6 +64,7 @@ def check_early(run: Run) -> None:
     kinds_needed(run)
     check_masks(run)
     check_stop(run)
+    check_blocks(run)
     if config.export.onnx:
         onnx.require_packages()
     _ = run.num_classes

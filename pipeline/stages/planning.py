@@ -57,6 +57,22 @@ def kinds_needed(run: Run) -> set[str]:
     return kinds
 
 
+def budget_inputs(run: Run) -> dict[str, Any]:
+    """The budget as stages are made from it; where no block may go, blocks are no part of it."""
+    return run.config.budget.model_dump(mode="json", exclude=None if run.config.budget.max_blocks else {"max_blocks"})
+
+
+def check_blocks(run: Run) -> None:
+    """Where residual blocks may go, every plan's criterion has to judge them."""
+    silent = [name for name, rule in plan_rules(run).items() if not rule.blocks]
+    if run.config.budget.max_blocks and silent:
+        raise ValueError(
+            f"budget.max_blocks ({run.config.budget.max_blocks}) lets residual blocks go, and the criterion of "
+            f"{', '.join(silent)} ({plan_rules(run)[silent[0]].name}) says nothing about blocks. Set it to 0, or choose a criterion like "
+            "taylor or fisher, which does."
+        )
+
+
 def check_stop(run: Run) -> None:
     """Samples of the rows are kept of channel gates alone: nothing else can be judged, or taken, by a part of the rows."""
     others = kinds_needed(run) - GateStatistics.nested
@@ -96,6 +112,7 @@ def planned(run: Run, graph: Graph, saliency: Saliency, rule: Rule) -> Plan:
         scope=rule.scope if settings.scope == "auto" else settings.scope,
         min_keep=settings.min_keep,
         round_to=settings.round_to,
+        max_blocks=settings.max_blocks,
     )
 
 
@@ -114,7 +131,7 @@ def plan(run: Run) -> None:
         "saliency": sums_sha256(run, rules["ours"]),
         "criteria": {name: rule.name for name, rule in rules.items()},
         "seed": config.score.seed,
-        "budget": config.budget.model_dump(mode="json"),
+        "budget": budget_inputs(run),
     }
 
     def work() -> None:
@@ -157,6 +174,6 @@ def stability(run: Run, stored: Mapping[str, Tensor]) -> dict[str, Any]:
     if rule.error:
         error = standard_error(graph, stored, *rule.error)
         artifacts.write_tensors(run.path("saliency", "standard_error.safetensors"), error)
-        mean = {group.name: stored[f"{rule.error[0]}/{group.name}"] / int(stored["rows"]) for group in graph.groups}
+        mean = {name: stored[f"{rule.error[0]}/{name}"] / int(stored["rows"]) for name in graph.scored()}
         found["relative_standard_error"] = relative_error(mean, error)
     return found

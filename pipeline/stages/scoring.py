@@ -17,21 +17,24 @@ from pipeline.pruning.trials import trace
 from pipeline.run import Run
 from pipeline.saliency.curvature import CURVATURE_KINDS, CurvatureStatistics
 from pipeline.saliency.statistics import GateStatistics, at_stride, by_group
-from pipeline.stages.planning import STORED, kinds_needed, our_plan, plan_rules, planned, statistics
+from pipeline.stages.planning import STORED, budget_inputs, kinds_needed, our_plan, plan_rules, planned, statistics
 
 FEWEST_UNITS = 8
 """Of half a sample: with fewer, that a plan does not change says nothing."""
 
 
 def trace_groups(run: Run) -> None:
-    """RUN/graph.json: channel groups, tried by trial cuts."""
+    """RUN/graph.json: channel groups, tried by trial cuts; residual blocks where they may go, or where a graph that is there has them."""
+    record = run.manifest.stages.get("trace")
+    blocks = run.config.budget.max_blocks > 0 or bool(record and record.inputs.get("blocks"))
 
     def work() -> None:
         size = run.input.size
-        graph = trace(run.network("dense"), torch.zeros(1, 3, size, size), seed=run.config.seed)
+        graph = trace(run.network("dense"), torch.zeros(1, 3, size, size), seed=run.config.seed, blocks=blocks)
         artifacts.write_bytes(run.path("graph.json"), graph.to_json().encode())
 
     inputs = {"model": run.model_inputs()["model"], "image_size": run.input.size, "seed": run.config.seed}
+    inputs |= {"blocks": True} if blocks else {}
     run.stage("trace", inputs, run.path("graph.json"), work)
     if "plan" not in run.manifest.stages:
         require_reachable(run)
@@ -40,12 +43,12 @@ def trace_groups(run: Run) -> None:
 def require_reachable(run: Run) -> None:
     """A budget below what the floors leave, or a network that cannot be cut at all, shows before hours of scoring."""
     graph = run.graph()
-    if not graph.groups:
+    if not graph.groups and not graph.blocks:
         reasons = "; ".join(f"{f.group}: {f.reason} ({f.operation} in {f.where})" for f in graph.frozen[:3])
         raise ModelError(
             f"'{run.config.model.name}' has no channels that can be removed. The first reasons: {reasons}."
         )
-    saliency = {group.name: torch.ones(group.size, dtype=torch.float64) for group in graph.groups}
+    saliency = {name: torch.ones(size, dtype=torch.float64) for name, size in graph.scored().items()}
     for rule in plan_rules(run).values():
         planned(run, graph, saliency, rule)
 
@@ -121,7 +124,7 @@ def _sample(run: Run) -> dict[str, Any] | None:
         "stop_when_stable": run.config.score.stop_when_stable,
         "criterion": rule.name,
         "seed": run.config.score.seed,
-        "budget": run.config.budget.model_dump(mode="json"),
+        "budget": budget_inputs(run),
     }
     record = run.manifest.stages.get("score")
     stored = record.inputs.get("sample") if record and record.state == "done" else None

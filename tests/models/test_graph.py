@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.models.graph import Frozen, Graph, Group, Member, Site, decode_index, encode_index
+from pipeline.models.graph import Frozen, Graph, Group, Member, Site, Size, decode_index, encode_index
 from tests.graphs import chain, index, residual_graph
 
 
@@ -22,7 +22,7 @@ def test_json_gives_the_graph_back():
 
 def test_the_hash_is_this_one_in_every_process():
     # Plans and artifacts name graphs by it: a change of the text is a change of the format.
-    assert chain(2, 3, 2).sha256() == "48023c7a26a421d93c196616b2d73d4a2cdae5997a0379b10cced81ece71d1f8"
+    assert chain(2, 3, 2).sha256() == "d678a391cd4bf2a7fdc69ab721898f84aae367ad5e97003488e9b38dccde94de"
 
 
 def test_the_hash_does_not_depend_on_the_order_in_which_shapes_were_put_in():
@@ -77,6 +77,48 @@ def test_an_unknown_group_is_refused_with_the_known_ones():
         residual_graph().group("layer9")
     with pytest.raises(ValueError, match="no group 'layer9'"):
         residual_graph().without({"layer9": Frozen("layer9", 1, "", "", "")})
+
+
+def counts(**channels: tuple[int, ...]) -> Size:
+    """A size that counts these channels and two positions that stay."""
+    return Size("block", "", None, ("forward", "merge"), 3, 8, "C // 2", channels, fixed=2)
+
+
+def test_a_size_counts_each_position_of_the_channels_that_are_kept():
+    size = counts(conv=(0, 0, 1, 5), a=(2,))
+    assert size.value({}) == 2 + 4 + 1
+    assert size.value({"conv": {0, 5}}) == 2 + 3 + 1
+    assert size.value({"conv": {1}, "a": {3}, "elsewhere": {0}}) == 2 + 1
+    assert replace(size, negative=True).value({"conv": {0, 5}}) == -6
+
+
+def test_a_size_without_a_group_counts_its_channels_as_positions_that_stay():
+    size = counts(conv=(0, 0, 1, 5), a=(2,)).without({"conv"})
+    assert (size.channels, size.fixed) == ({"a": (2,)}, 6)
+    assert size.value({"conv": {0}, "a": set()}) == 6
+
+
+def test_the_channels_of_a_group_that_is_frozen_count_among_those_that_stay():
+    graph = replace(residual_graph(), sizes=(counts(conv=(0, 1), a=(2,)), counts(a=(0, 1))))
+    less = graph.without({"a": Frozen("a", 12, "", "", "")})
+    assert [(size.channels, size.fixed) for size in less.sizes] == [({"conv": (0, 1)}, 3), ({}, 4)]
+
+
+def test_sizes_heads_and_calls_survive_json_and_enter_the_hash():
+    graph = residual_graph()
+    site = Site("fc", -1, index(8, width=4), call=(3, 1))
+    groups = (replace(graph.groups[0], consumers=(site,)), graph.groups[1])
+    sizes = (counts(conv=(7, 0, 0, 3)), replace(counts(a=(1,)), attribute="parts", element=1, negative=True))
+    changed = [replace(graph, groups=groups), replace(graph, sizes=sizes), replace(graph, heads=("blocks.0.attn",))]
+    for other in changed:
+        assert Graph.from_json(other.to_json()) == other
+    assert len({other.sha256() for other in [graph, *changed]}) == 4
+
+
+@given(st.lists(st.integers(0, 30), max_size=12).map(tuple))
+def test_any_order_of_counted_channels_survives_a_list(channels):
+    size = counts(conv=channels)
+    assert Size.from_list(json.loads(json.dumps(size.to_list()))) == size
 
 
 def test_members_that_do_not_fit_are_refused():

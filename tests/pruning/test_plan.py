@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.models.costs import Costs
-from pipeline.models.graph import Contraction, Graph, Group, Member
+from pipeline.models.graph import Contraction, Graph, Group, Member, Size
 from pipeline.pruning.plan import Budget, Plan, PlannedGroup, parse_ranges, planned, ranges
 from tests.graphs import chain, index, residual_graph
 
@@ -115,6 +116,24 @@ def test_a_plan_survives_its_text(stream, inside):
     assert again.to_json() == plan.to_json()
 
 
+def stating_plan(**changes: object) -> Plan:
+    """Of a network whose code states the four channels of fc0."""
+    size = Size("", "width", None, ("forward",), 2, 17, "self.width", {"fc0": (0, 1, 2, 3)}, 0)
+    graph = replace(chain(3, 4, 2), sizes=(replace(size, **changes),), heads=("fc1",))
+    return planned(graph, {"fc0": [3, 0]})
+
+
+def test_sizes_and_heads_of_the_graph_survive_the_text_of_the_plan():
+    plan = stating_plan(element=1, negative=True)
+    assert Plan.from_json(plan.to_json()) == plan
+    assert (plan.sizes[0].value(plan.kept_by_group()), plan.heads) == (-2, ("fc1",))
+
+
+def test_sha256_is_of_what_the_code_has_to_state_too():
+    others = [stating_plan(), stating_plan(attribute=""), stating_plan(line=3), stating_plan(fixed=1)]
+    assert len({plan.sha256() for plan in [planned(chain(3, 4, 2), {"fc0": [3, 0]}), *others]}) == 5
+
+
 def test_the_text_is_json_with_one_readable_line_per_group():
     text = small_plan().to_json()
     document = json.loads(text)
@@ -157,6 +176,9 @@ def test_sha256_of_a_small_plan_is_golden():
         (lambda d: d["groups"][0]["members"][0].__setitem__(2, "sideways"), "sideways"),
         (lambda d: d["groups"][0]["members"][0].__setitem__(3, {"shape": [4, 1]}), "members.*fc0.weight"),
         (lambda d: d["groups"].append(d["groups"][0]), "fc0 occurs twice"),
+        (lambda d: d.pop("sizes"), "plan lacks 'sizes'"),
+        (lambda d: d["sizes"].append(["", "width"]), r"plan\.sizes\[0\] is \['', 'width'\]"),
+        (lambda d: d["sizes"].append(stating_plan().sizes[0].to_list()), "they were edited"),
     ],
 )
 def test_a_broken_plan_is_refused_with_its_place(change, message):

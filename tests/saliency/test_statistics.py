@@ -117,6 +117,61 @@ def test_a_module_that_is_called_twice_adds_both_calls_of_a_row():
     assert torch.allclose(sums[f"gate_abs/{graph.groups[0].name}"], terms_NC.abs().sum(0))
 
 
+class Multiplies(nn.Module):
+    """Multiplies with weights of its own, among other things that it does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3, 4)
+        self.first, self.second = nn.Parameter(torch.randn(4, 6)), nn.Parameter(torch.randn(5, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, h = self.values(x)
+        return nn.functional.linear(h, self.second)
+
+    def values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the first and the second weight read."""
+        z = self.fc(x * 1.0).relu() + 1
+        return z, torch.matmul(z, self.first).sigmoid()
+
+
+def multiplies() -> tuple[Multiplies, Graph, Tensor, Tensor]:
+    torch.manual_seed(0)
+    model = Multiplies().double()
+    return model, trace(model, torch.zeros(2, 3).double()), torch.randn(6, 3).double(), torch.arange(6) % 5
+
+
+def test_what_a_module_multiplies_by_itself_is_gated_at_that_call():
+    model, graph, images, labels = multiplies()
+    assert {group.name: group.consumers[0].call is None for group in graph.groups} == {"fc": False, "first": False}
+    sums = accumulate(model, graph, [(images[:4], labels[:4]), (images[4:], labels[4:])])
+    z_NC, h_NC = model.values(images)
+    # dL/dlogits = p - y; back through the second weight, the sigmoid and the first weight
+    grad_h_NC = ((h_NC @ model.second.T).softmax(1) - nn.functional.one_hot(labels, 5)) @ model.second
+    grad_z_NC = (grad_h_NC * h_NC * (1 - h_NC)) @ model.first.T
+    for name, terms_NC in (("first", h_NC * grad_h_NC), ("fc", z_NC * grad_z_NC)):
+        assert torch.allclose(sums[f"gate_sum/{name}"], terms_NC.sum(0))
+        assert torch.allclose(sums[f"gate_abs/{name}"], terms_NC.abs().sum(0))
+        assert torch.allclose(sums[f"gate_square/{name}"], terms_NC.square().sum(0))
+
+
+def test_calls_are_counted_alike_whatever_else_is_recorded():
+    model, graph, images, labels = multiplies()
+    alone = accumulate(model, graph, [(images, labels)])
+    more = accumulate(model, graph, [(images, labels)], weights=True, inputs=True)
+    assert {name for name in more if name.startswith("input_sum")} == {"input_sum/fc.weight"}
+    assert {name for name in more if name.startswith("grad_sum")} == {
+        "grad_sum/fc.weight", "grad_sum/first", "grad_sum/second",
+    }  # fmt: skip
+    assert all(torch.equal(more[name], value) for name, value in alone.items())
+
+
+def test_hooks_of_such_a_pass_are_gone_afterwards():
+    model, graph, images, labels = multiplies()
+    accumulate(model, graph, [(images, labels)], inputs=True)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
 class WritesAfterwards(nn.Module):
     """`d` reads h, then h is overwritten."""
 

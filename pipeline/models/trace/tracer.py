@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from pipeline.models.graph import Graph
-from pipeline.models.modes import eval_mode
+from pipeline.models.modes import eval_mode, uncached
 from pipeline.models.trace import contractions, statistics
 from pipeline.models.trace.groups import SiteKey, graph_of
 from pipeline.models.trace.labels import Ids, Label, Reason, Slots, core, spread
@@ -448,7 +448,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     """Inside, the network is in eval mode; afterwards it is as before, buffers and random numbers included."""
     buffers = [(buffer, buffer._version, buffer.clone()) for buffer in model.buffers()]
     try:
-        with eval_mode(model), torch.random.fork_rng(devices=[]):
+        with eval_mode(model), uncached(model), torch.random.fork_rng(devices=[]):
             yield
     finally:
         for buffer, version, content in buffers:
