@@ -127,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tracing = commands.add_parser("trace", help="channel groups of a network, and what stays whole")
     tracing.add_argument("model", metavar="MODEL_NAME", help="timm name, or package.module:factory")
     tracing.add_argument("--image-size", type=int, default=224)
+    tracing.add_argument("--blocks", action="store_true", help="residual blocks that can go as a whole, too")
     tracing.add_argument("--json", action="store_true", help="the whole graph as JSON")
     options = parser.parse_args(arguments)
     _or_exit(lambda: COMMANDS[options.command](options))
@@ -177,7 +178,7 @@ def _trace(options: argparse.Namespace) -> None:
     from pipeline.pruning.trials import trace
 
     model = zoo.build(options.model)
-    graph = trace(model, torch.zeros(1, 3, options.image_size, options.image_size))
+    graph = trace(model, torch.zeros(1, 3, options.image_size, options.image_size), blocks=options.blocks)
     if options.json:
         print(json.dumps(json.loads(graph.to_json()), indent=1))
     else:

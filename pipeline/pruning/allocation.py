@@ -8,9 +8,10 @@ found, and what the last step took too much is given back. Costs are always thos
 of a layer depends on both of its sides.
 
 Residual blocks go whole, up to a given part of them. In the global scope they stand in the same queue as the chunks of
-channels; in the others, where saliency is not divided by costs, the least salient go first, as long as the budget has room
-for all that they save, and channels do the rest. A block's saliency is that of the dense network, also when its channels
-have gone already: what is left of it saves less, so its price rises.
+channels; in the others, where saliency is not divided by costs, the least salient go before all channels. A block that saves
+more than is left to save stays, so that the budget is met as closely as by channels alone; it goes only where those do not
+suffice. A block's saliency is that of the dense network, also when channels inside have gone already: what is left of it
+saves less, so its price rises.
 """
 
 from __future__ import annotations
@@ -258,8 +259,7 @@ class _State:
 
     def check_reachable(self) -> None:
         """Raise ValueError if the target lies below what the floors and the blocks that are there leave."""
-        floors_G = np.array([self._floor_removed(g) for g in range(len(self.groups))], dtype=np.int64)
-        least = self.cost_of(floors_G)
+        least = self.least()
         if least > self.target:
             measure, fraction = self.budget.measure, self.budget.fraction
             reachable = math.ceil(10_000 * Fraction(least, self.dense)) / 10_000  # up: this fraction can be asked for
@@ -270,6 +270,10 @@ class _State:
                 f"{least:,} remain: the smallest reachable fraction is {reachable:.4f}. {way_out} min_keep "
                 f"(now {self.min_keep}) or round_to (now {self.round_to}),{more} or see in graph.frozen what stays whole."
             )
+
+    def least(self) -> int:
+        """What the network costs with every group at its floor."""
+        return self.cost_of(np.array([self._floor_removed(g) for g in range(len(self.groups))], dtype=np.int64))
 
     def _floor_removed(self, g: int) -> int:
         removed = 0
@@ -318,6 +322,7 @@ def _global(state: _State) -> None:
     heap: list[tuple[float, str, int, int, int, int]] = []
     neighbours, first_block = _neighbours(state.model), len(state.groups)
     changes = np.zeros(len(neighbours), dtype=np.int64)
+    too_much: list[int] = []
 
     def push(g: int) -> None:
         removed = int(state.removed_G[g])
@@ -335,9 +340,11 @@ def _global(state: _State) -> None:
     for b in range(len(state.block_saliency)):
         push_block(b)
     while state.cost > state.target:
-        if not heap:
-            state.check_reachable()
-            raise AssertionError("every group is at its floor")
+        if not heap:  # every group is at its floor
+            if not (late := [b for b in too_much if state.may_go(b)]):
+                state.check_reachable()
+            state.remove_block(late[0])
+            continue
         _, _, i, stamp, chunk, saving = heapq.heappop(heap)
         if i < first_block:
             if stamp == changes[i]:
@@ -346,6 +353,8 @@ def _global(state: _State) -> None:
             push(i)
         elif stamp != changes[i]:
             push_block(i - first_block)
+        elif state.cost - saving < state.target:
+            too_much.append(i - first_block)
         elif state.may_go(i - first_block):
             state.remove_block(i - first_block)
             changes[neighbours[i]] += 1
@@ -442,10 +451,11 @@ class _Queue:
 def _uniform(state: _State, classes: Sequence[Sequence[int]]) -> None:
     """The largest fraction that fits, the same for every class; what rounding left goes to classes that lost most.
 
-    Blocks go before, the least salient first, until one saves more than the budget asks for.
+    Blocks go before, the least salient first, until one saves more than is left to save.
     """
     for b in sorted(range(len(state.block_saliency)), key=lambda b: (state.block_saliency[b], state.blocks[b].key)):
-        if not state.may_go(b) or state.cost - state.block_cost(b) < state.target:
+        spared = state.cost - state.block_cost(b) < state.target and state.least() <= state.target
+        if spared or not state.may_go(b):
             break
         state.remove_block(b)
     state.check_reachable()

@@ -60,7 +60,7 @@ def verify(cut: nn.Module, masked: nn.Module, images: Tensor | tuple[Tensor, ...
 
     Args:
         cut: the smaller network.
-        masked: the reference, see `masks.mask`.
+        masked: the reference, see `reference.mask`.
         images: float [N, ...], N >= 1; a tuple for networks of several inputs. Moved to each network's device.
 
     Raises:

@@ -252,8 +252,10 @@ def squeeze_excite(draw: Draw, x: Value) -> tuple[nn.Module, Value]:
 
 
 def attention(draw: Draw, x: Value) -> tuple[nn.Module, Value]:
-    kinds = (odd.Attention, odd.ExplicitAttention, odd.OpenAttention, odd.ScaledAttention, odd.LinearAttention, odd.Separate)
-    return Tokens(inner=pick(draw, *kinds)(x.channels, divisor(draw, x.channels))), x
+    heads = divisor(draw, x.channels)
+    kinds = (odd.Attention, odd.ExplicitAttention, odd.OpenAttention, odd.ScaledAttention, odd.LinearAttention)
+    modules = (*[kind(x.channels, heads) for kind in kinds], odd.Separate(x.channels, heads, kv_heads=heads))
+    return Tokens(inner=pick(draw, *modules)), x
 
 
 def pooled(draw: Draw, x: Value) -> tuple[nn.Module, Value]:

@@ -157,7 +157,7 @@ def test_a_plan_says_which_blocks_differ():
 
 def test_a_plan_does_not_fit_a_network_that_lacks_the_block():
     chosen = planned(graph(), {}, removed_blocks=["blocks.0"])
-    with pytest.raises(PlanMismatch, match=r"blocks.0.conv1.weight .* is not in the model"):
+    with pytest.raises(PlanMismatch, match=r"blocks\.0\.bn1\.bias .* is not in the model"):
         cut(cut(resnet(), chosen), chosen)
 
 
@@ -190,27 +190,31 @@ def saliency(channel: float, **blocks: float) -> dict[str, Tensor]:
 @pytest.mark.parametrize("scope", ["global", "layer", "flat", "isomorphic"])
 def test_the_least_salient_block_goes_and_no_more_than_may(scope):
     values = saliency(1000.0, b0=9.0, b2=2.0, b3=1.0)
-    budget = Budget(params=0.45)  # blocks 2 and 3 are 28 % of the parameters each
+    budget = Budget(params=0.35)  # blocks 2 and 3 are 32 % of the parameters each
     one = plan(graph(), values, budget, scope=scope, max_blocks=0.34)
     assert [block.name for block in one.blocks] == ["blocks.3"]
     two = plan(graph(), values, budget, scope=scope, max_blocks=0.67)
     assert [block.name for block in two.blocks] == ["blocks.2", "blocks.3"]
     for chosen in (one, two):
-        assert chosen.kept.params <= 0.45 * chosen.dense.params
+        assert chosen.kept.params <= 0.35 * chosen.dense.params
 
 
 def test_in_the_global_scope_a_block_competes_with_channels_by_saliency_per_cost():
-    budget = Budget(params=0.9)
+    budget = Budget(params=0.65)
     cheap = plan(graph(), saliency(1.0, b0=1e6, b2=1e6, b3=1.0), budget, max_blocks=1)
     dear = plan(graph(), saliency(1.0, b0=1e6, b2=1e6, b3=1e6), budget, max_blocks=1)
     assert ([b.name for b in cheap.blocks], [b.name for b in dear.blocks]) == (["blocks.3"], [])
 
 
-def test_what_a_block_saves_too_much_is_given_back_to_channels():
-    values = saliency(1.0, b0=1e6, b2=1e6, b3=0.0) | {"stem": torch.zeros(8).double()}
-    chosen = plan(graph(), values, Budget(params=0.7), max_blocks=1)
-    assert [block.name for block in chosen.blocks] == ["blocks.3"]
-    assert 0.69 * chosen.dense.params < chosen.kept.params <= 0.7 * chosen.dense.params
+@pytest.mark.parametrize("scope", ["global", "layer"])
+def test_a_block_that_saves_more_than_is_asked_for_stays_unless_channels_do_not_suffice(scope):
+    values = saliency(1.0, b0=0.0, b2=0.0, b3=0.0)
+    one = plan(graph(), values, Budget(params=0.9), scope=scope, max_blocks=1)
+    assert names_of(one) == ["blocks.0"]  # 8 %, the others 32 % each
+    assert 0.85 * one.dense.params < one.kept.params <= 0.9 * one.dense.params  # the last channel was one of the wide stream
+    whole = {group.name: torch.full((group.size,), float("inf")) for group in graph().groups}
+    forced = plan(graph(), values | whole, Budget(params=0.9), scope=scope, max_blocks=1)
+    assert names_of(forced) in (["blocks.2"], ["blocks.0", "blocks.2"])
 
 
 def test_no_block_goes_unless_it_may():
@@ -230,9 +234,9 @@ def test_a_block_of_infinite_saliency_stays():
 
 def test_blocks_without_saliency_are_named():
     values = saliency(1.0, b0=1.0, b2=1.0)
-    with pytest.raises(ValueError, match="saliency lacks group block:blocks.3"):
+    with pytest.raises(ValueError, match=r"saliency lacks group block:blocks\.3"):
         plan(graph(), values, Budget(params=0.5), max_blocks=0.5)
-    with pytest.raises(ValueError, match="saliency of group block:blocks.3 is nan"):
+    with pytest.raises(ValueError, match=r"saliency of group block:blocks\.3 is nan"):
         plan(graph(), saliency(1.0, b0=1.0, b2=1.0, b3=float("nan")), Budget(params=0.5), max_blocks=0.5)
     with pytest.raises(ValueError, match="max_blocks"):
         plan(chain(3, 4, 2), {"fc0": torch.ones(4)}, Budget(params=0.5), max_blocks=1.5)
@@ -267,9 +271,8 @@ def test_the_budget_is_met_and_no_removed_block_fits_in_between(blocks, seed, fr
     assert chosen.kept[measure] <= target
     assert len(gone) <= most * 3
     kept = {group.name: torch.tensor(group.kept) for group in chosen.groups if group.kept}
-    for block in gone:  # with channels inside of it as they were cut is less still, so all of them is a fair bound
-        back = count(graph(), kept, [name for name in gone if name != block])[measure]
-        assert back > target or any(len(chosen.group(g.name).kept) == 0 for g in graph().groups)
+    for block in gone:  # back, with all channels that lie inside of it
+        assert count(graph(), kept, [name for name in gone if name != block])[measure] > target
 
 
 def names_of(chosen: Plan) -> list[str]:

@@ -21,7 +21,7 @@ GOLDEN = {
         "criterion", "rows", "units", "workers", "sha256", "seconds", "rows_per_s", "skipped",
         "commits", "lost_workers", "resumed_units",
     },
-    "plan": {"sha256", "budget", "scope", "groups"},
+    "plan": {"sha256", "budget", "scope", "groups", "num_blocks", "removed_blocks"},
     "masks": {"sha256"},
     "stability": {"rows", "curve", "median_error", "p90_error"},
     "weight_masks": {"pattern", "criterion", "scope", "sha256", "kept", "weights", "num_whole", "top1"},

@@ -70,7 +70,7 @@ def test_a_traced_network_shows_that_no_time_was_taken():
     site = SimpleNamespace(module="conv2")
     group = SimpleNamespace(name="conv1", size=8, members=[SimpleNamespace(tensor="conv1.weight")], consumers=[site])
     frozen = SimpleNamespace(group="fc", size=10, operation="none", where="fc", reason="nobody reads [these]")
-    graph = SimpleNamespace(groups=[group], frozen=[frozen])
+    graph = SimpleNamespace(groups=[group], blocks=[], frozen=[frozen])
     text = shown(terminal.print_graph, "net", graph, SimpleNamespace(params=1234, macs=5_000_000), width=120)
     text = " ".join(text.split())
     assert "net: 1 groups, 1.234 k params, 5.000 M MACs (latency: not measured)" in text

@@ -144,7 +144,7 @@ def _meet(trace: Trace, call: Call, *places: tuple[Tensor, int]) -> None:
     if known:
         trace.meet()
     if len(known) == 2:
-        trace.unite(*known, call)
+        trace.unite(known[0], known[1], call)
         trace.end(call, known[0])
     for ids in known if len(known) == 1 else ():
         trace.freeze(ids, call, "the channels are multiplied with computed values that are no channels")

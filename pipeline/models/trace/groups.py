@@ -102,6 +102,8 @@ def _sizes(slots: Slots, stated: Sequence[Stated], channel_of: Mapping[int, tupl
         if one.ids not in by_ids:
             by_ids[one.ids] = _counted(slots, one.ids, channel_of)
         channels, fixed = by_ids[one.ids]
+        if not channels and any(one.ids):
+            continue  # positions, not channels
         meaning = (tuple(channels.items()), fixed, one.negative)
         attributes[one.module, one.attribute, one.element].add(meaning)
         places[one.module, one.functions, one.line, one.column, one.text, one.attribute, one.element].add(meaning)

@@ -268,7 +268,7 @@ class Trace:
     def mix(self) -> None:
         """The operation at hand takes a statistic over channels: its result is another one without those that are removed.
 
-        That is allowed: the reference takes the statistic over the channels that are kept (`pruning.masks.Masked`).
+        That is allowed: the reference takes the statistic over the channels that are kept (`pruning.reference.Masked`).
         """
         self.mixes = True
 
