@@ -18,7 +18,9 @@ from tests.test_run import config, plan_hashes, until_plan, write_rows
 pytestmark = pytest.mark.ray
 
 NETWORK = ModelConfig(name="tests.residual:resnet", pretrained=False)
-BUDGET = BudgetConfig(params=0.2, min_keep=0.5, max_blocks=0.7)  # half of the channels are more than a fifth of the parameters
+BUDGET = BudgetConfig(
+    params=0.2, min_keep=0.5, max_blocks=0.7
+)  # half of the channels are more than a fifth of the parameters
 
 
 @pytest.fixture(scope="module")

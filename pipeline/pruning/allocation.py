@@ -464,7 +464,10 @@ def _uniform(state: _State, classes: Sequence[Sequence[int]]) -> None:
     queues = [_Queue.of(state, members) for members in classes if members]
 
     def removed(keep_fraction: float) -> Int64:
-        return np.sum([queue.removed(keep_fraction, len(state.groups)) for queue in queues], axis=0, dtype=np.int64)
+        removed_G = np.zeros(len(state.groups), dtype=np.int64)
+        for queue in queues:
+            removed_G += queue.removed(keep_fraction, len(state.groups))
+        return removed_G
 
     fits, too_much = 0.0, 1.0
     for _ in range(BISECTIONS):

@@ -140,7 +140,9 @@ def _shortened(summary: Summary) -> list[str]:
     removed, every = summary["plan"]["removed_blocks"], summary["plan"]["num_blocks"]
     if every is None:
         return []
-    return [f"Of {every} residual blocks that can go, {len(removed)} are removed{': ' if removed else ''}{', '.join(removed)}."]
+    return [
+        f"Of {every} residual blocks that can go, {len(removed)} are removed{': ' if removed else ''}{', '.join(removed)}."
+    ]
 
 
 def _settled(summary: Summary) -> list[str]:

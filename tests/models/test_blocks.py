@@ -170,3 +170,7 @@ def test_a_block_is_frozen_like_a_group():
     assert [block.name for block in left.blocks] == ["blocks.0", "blocks.3"]
     assert left.frozen[-1] == why
     assert left.groups == graph().groups
+
+
+def test_a_parameter_that_is_added_to_a_single_row_is_no_branch():
+    assert found(Network(Position()), IMAGE) == {}

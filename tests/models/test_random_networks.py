@@ -228,7 +228,9 @@ def linear(draw: Draw, x: Value) -> tuple[nn.Module, Value]:
 
 def unequal_split(draw: Draw, x: Value) -> tuple[nn.Module, Value]:
     first = draw(st.integers(1, x.channels - 1))
-    return pick(draw, odd.UnequalSplit(p=first, q=x.channels - first), odd.ListedSplit(sizes=[first, x.channels - first])), x
+    return pick(
+        draw, odd.UnequalSplit(p=first, q=x.channels - first), odd.ListedSplit(sizes=[first, x.channels - first])
+    ), x
 
 
 def first_part(draw: Draw, x: Value) -> tuple[nn.Module, Value]:
@@ -259,12 +261,23 @@ def attention(draw: Draw, x: Value) -> tuple[nn.Module, Value]:
 
 
 def pooled(draw: Draw, x: Value) -> tuple[nn.Module, Value]:
-    return pick(draw, nn.AvgPool2d(2), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(x.side // 2)), Value(x.channels, x.side // 2)
+    return pick(draw, nn.AvgPool2d(2), nn.MaxPool2d(2), nn.AdaptiveAvgPool2d(x.side // 2)), Value(
+        x.channels, x.side // 2
+    )
 
 
 def halved(draw: Draw, x: Value) -> tuple[nn.Module, Value]:
     k = x.channels // 2
-    parts = (Gate(), HalvesByShape(), odd.Halves(k=k), odd.NegativeHalves(k=k), odd.Narrow(k=k), odd.Split(k=k), Maxout(), nn.GLU(1))
+    parts = (
+        Gate(),
+        HalvesByShape(),
+        odd.Halves(k=k),
+        odd.NegativeHalves(k=k),
+        odd.Narrow(k=k),
+        odd.Split(k=k),
+        Maxout(),
+        nn.GLU(1),
+    )
     return pick(draw, *parts), Value(k, x.side)
 
 
@@ -372,7 +385,11 @@ def on_many(draw: Draw, steps: list[Step], i: int) -> Step:
 def once_more(draw: Draw, steps: list[Step], i: int) -> Step:
     """A layer that has run before, on another value."""
     x = steps[i].makes
-    layers = [s for s in steps if isinstance(s.module, nn.Conv2d) and s.module.in_channels == x.channels and s.module.stride == (1, 1)]
+    layers = [
+        s
+        for s in steps
+        if isinstance(s.module, nn.Conv2d) and s.module.in_channels == x.channels and s.module.stride == (1, 1)
+    ]
     if not layers:
         return on_one(draw, steps, i)
     again = pick(draw, *layers)

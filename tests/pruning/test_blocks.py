@@ -211,7 +211,9 @@ def test_a_block_that_saves_more_than_is_asked_for_stays_unless_channels_do_not_
     values = saliency(1.0, b0=0.0, b2=0.0, b3=0.0)
     one = plan(graph(), values, Budget(params=0.9), scope=scope, max_blocks=1)
     assert names_of(one) == ["blocks.0"]  # 8 %, the others 32 % each
-    assert 0.85 * one.dense.params < one.kept.params <= 0.9 * one.dense.params  # the last channel was one of the wide stream
+    assert (
+        0.85 * one.dense.params < one.kept.params <= 0.9 * one.dense.params
+    )  # the last channel was one of the wide stream
     whole = {group.name: torch.full((group.size,), float("inf")) for group in graph().groups}
     forced = plan(graph(), values | whole, Budget(params=0.9), scope=scope, max_blocks=1)
     assert names_of(forced) in (["blocks.2"], ["blocks.0", "blocks.2"])
@@ -224,6 +226,15 @@ def test_no_block_goes_unless_it_may():
     without = {name: score for name, score in values.items() if not name.startswith("block:")}
     assert plan(graph(), without, Budget(params=0.5)) == chosen
     assert plan(replace(graph(), blocks=()), without, Budget(params=0.5)).sha256() == chosen.sha256()
+
+
+@pytest.mark.parametrize("scope", ["global", "flat", "layer", "isomorphic"])
+def test_a_network_of_blocks_alone_is_planned(scope):
+    only = replace(graph(), groups=())
+    values = {block.key: torch.ones(1) for block in only.blocks}
+    chosen = plan(only, values, Budget(params=0.7), scope=scope, max_blocks=1)
+    assert len(chosen.blocks) >= 1
+    assert chosen.kept.params <= 0.7 * chosen.dense.params
 
 
 def test_a_block_of_infinite_saliency_stays():

@@ -33,7 +33,7 @@ def find_blocks(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Block, ..
     Each was called once and shares none of its tensors with others.
 
     Args:
-        inputs: what the network accepts, best of several rows: what is added to one row alone may be a parameter.
+        inputs: what the network accepts, best of several rows: what is added to one row alone need not be computed from it.
     """
     finder = _Finder(model)
     with eval_mode(model), torch.random.fork_rng(devices=[]):
@@ -59,7 +59,7 @@ def _inside(name: str, path: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class _Running:
-    """A module that runs, its first input, and the sums of that with something else, by id."""
+    """Of a module that runs: its first input, and the sums of that with something else, by id."""
 
     x: Tensor
     sums: dict[int, Sum]
@@ -74,6 +74,7 @@ class _Finder(PythonCalls):
         self.calls: Counter[str] = Counter()
         self.found: dict[str, tuple[Branch, ...]] = {}
         self._running: list[_Running | None] = []
+        self._own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
 
     def run(self, inputs: tuple[Tensor, ...]) -> None:
         handles = []
@@ -105,7 +106,7 @@ class _Finder(PythonCalls):
         if name in ADDITIONS and len(tensors) == 2 and known.count(None) == 1:
             branch = known.index(None)
             _, before = known[1 - branch] or (out, ())
-            if tensors[branch].shape == out.shape:
+            if tensors[branch].shape == out.shape and id(tensors[branch]) not in self._own:
                 sums[id(out)] = (out, (*before, Branch(path, (index, branch))))
         elif len(tensors) == 1 and known[0] is not None and known[0][1]:  # an activation of a sum, or a view
             sums[id(out)] = (out, known[0][1])

@@ -34,7 +34,12 @@ def convolution(trace: Trace, call: Call) -> None:
     label, weights = trace.label(x), trace.label(weight)
     axes = {0: label.axes[0]} if label and 0 in label.axes else {}
     for axis, ids in label.axes.items() if label else ():
-        if axis >= 2 and x.dim() == weight.dim() == out.dim() and _slides(call, axis - 2) and out.shape[axis] == len(ids):
+        if (
+            axis >= 2
+            and x.dim() == weight.dim() == out.dim()
+            and _slides(call, axis - 2)
+            and out.shape[axis] == len(ids)
+        ):
             axes[axis] = ids  # as over a sequence: each result reads its neighbours among the channels that are there
             trace.mix()
         elif axis >= 2 or x.dim() != weight.dim():

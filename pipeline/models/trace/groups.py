@@ -62,7 +62,11 @@ def graph_of(model: nn.Module, trace: Trace, input_shape: tuple[int, ...]) -> Gr
             else:
                 stays[reason].append(one)
         group = _group(name, found, free, slots, positions) if free else None
-        if isinstance(group, Group) and group.size == 1 and sum(m.index_CK.shape[1] for m in group.members) > len(group.members):
+        if (
+            isinstance(group, Group)
+            and group.size == 1
+            and sum(m.index_CK.shape[1] for m in group.members) > len(group.members)
+        ):
             group = Reason("one channel", name, "all these entries can only go together, so none can be spared")
         if isinstance(group, Reason):
             stays[group] += free
@@ -164,9 +168,7 @@ def _name(found: _Set, slots: Slots, taken: dict[str, int]) -> str:
     return name if taken[name] == 1 else f"{name}#{taken[name]}"
 
 
-def _positions_by_class(
-    slots: Slots, sites: Mapping[SiteKey, Ids]
-) -> dict[SiteKey, dict[int, list[int]]]:
+def _positions_by_class(slots: Slots, sites: Mapping[SiteKey, Ids]) -> dict[SiteKey, dict[int, list[int]]]:
     """Site -> class -> positions along the site's axis."""
     result: dict[SiteKey, dict[int, list[int]]] = {}
     for site, ids in sites.items():
@@ -216,7 +218,11 @@ def _rest(model: nn.Module, slots: Slots, known: set[str]) -> list[Frozen]:
         if name not in used:
             found.append(Frozen(module, parameter.shape[0], "unused", name, "the traced forward does not use it"))
             continue
-        own = [slots.find(slots.of(name, dim, size)) for dim, size in enumerate(parameter.shape) if (name, dim) in slots.dimensions]
+        own = [
+            slots.find(slots.of(name, dim, size))
+            for dim, size in enumerate(parameter.shape)
+            if (name, dim) in slots.dimensions
+        ]
         why = next((reasons[one] for ids in own for one in ids.tolist() if one in reasons), None)
         if why is not None:
             found.append(Frozen(module, parameter.shape[0], why.operation, why.where, why.text))

@@ -139,7 +139,9 @@ def pad(trace: Trace, call: Call) -> None:
 
 
 @rule("aten::select", "aten::unbind", "aten::diagonal", kind="move")
-def part(trace: Trace, call: Call, text: str = "channels are taken by their position, which is a number in the code") -> None:
+def part(
+    trace: Trace, call: Call, text: str = "channels are taken by their position, which is a number in the code"
+) -> None:
     """Parts along an axis without channels; channels that are taken by their position stay, all of them."""
     label = trace.label(call["self"])
     if label is None:
@@ -315,7 +317,16 @@ def col2im(trace: Trace, call: Call) -> None:
     trace.put(call.outputs[0], Label(axes, label.note))
 
 
-@rule("aten::roll", "aten::sort", "aten::topk", "aten::unfold", "aten::argsort", "aten::triu", "aten::tril", kind="barrier")
+@rule(
+    "aten::roll",
+    "aten::sort",
+    "aten::topk",
+    "aten::unfold",
+    "aten::argsort",
+    "aten::triu",
+    "aten::tril",
+    kind="barrier",
+)
 def along_one_axis(trace: Trace, call: Call) -> None:
     """Nothing happens to channels unless they lie on the axis that the operation works along."""
     over_axis(trace, call, "works along the channels by their position")

@@ -124,7 +124,9 @@ class Trace:
             return Label(note=base.note) if base and base.note else None
         if name is None or tensor.numel() <= 1:
             return None
-        shape = tensor.shape[:2] if id(tensor) in self._kernels else tensor.shape  # a kernel's positions are no channels
+        shape = (
+            tensor.shape[:2] if id(tensor) in self._kernels else tensor.shape
+        )  # a kernel's positions are no channels
         axes = {dim: self.slots.of(name, dim, size) for dim, size in enumerate(shape) if size > 1}
         label = Label(axes, source=name)
         self._labels[tensor] = label
@@ -366,7 +368,11 @@ class Operations(TorchDispatchMode):
                 rule.apply(self.trace, call)
             except (RuntimeError, ValueError, LookupError, AssertionError) as error:
                 # A form of the operation that its rule does not know is not guessed either.
-                barrier(self.trace, call, f"the rule for this operation does not fit this form of it ({type(error).__name__}: {error})")
+                barrier(
+                    self.trace,
+                    call,
+                    f"the rule for this operation does not fit this form of it ({type(error).__name__}: {error})",
+                )
         elif torch.Tag.pointwise in call.func.tags and torch.Tag.nondeterministic_seeded not in call.func.tags:
             join(self.trace, call)
         else:
