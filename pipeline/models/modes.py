@@ -26,9 +26,11 @@ def caches(model: nn.Module) -> Iterator[dict[Any, Tensor]]:
     for module in model.modules():
         internal = (module._parameters, module._buffers)
         for value in vars(module).values():
-            if isinstance(value, dict) and value and not any(value is own for own in internal):
-                if all(isinstance(item, Tensor) and not isinstance(item, nn.Parameter) for item in value.values()):
-                    yield value
+            computed = isinstance(value, dict) and value and not any(value is own for own in internal)
+            if computed and all(
+                isinstance(item, Tensor) and not isinstance(item, nn.Parameter) for item in value.values()
+            ):
+                yield value
 
 
 @contextmanager

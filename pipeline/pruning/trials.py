@@ -19,7 +19,7 @@ import math
 import os
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -71,10 +71,22 @@ def trace(
         TraceTimeout: it was not done in time.
     """
     deadline = Deadline.after(time_limit_s)
-    graph = propagate(open_attention_(model), example_inputs, deadline=deadline)
+    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
+    graph = _propagate(open_attention_(model), inputs, deadline)
     options: dict[str, Any] = {"seed": seed, "num_trials": num_trials, "deadline": deadline}
     graph = try_cuts(model, graph, example_inputs, **options)
     return try_blocks(model, graph, example_inputs, **options) if blocks else graph
+
+
+def _propagate(model: nn.Module, inputs: tuple[Tensor, ...], deadline: Deadline) -> Graph:
+    """On one row, if the network takes that: trials run several, so a number that holds for one row only is found out."""
+    num_rows = {len(tensor) for tensor in inputs if tensor.dim()}
+    if len(num_rows) == 1 and num_rows != {1}:
+        with suppress(ValueError):
+            return propagate(
+                model, tuple(tensor[:1] if tensor.dim() else tensor for tensor in inputs), deadline=deadline
+            )
+    return propagate(model, inputs, deadline=deadline)
 
 
 def try_cuts(
