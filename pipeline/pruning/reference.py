@@ -20,12 +20,14 @@ from torch.utils._pytree import tree_map_only
 
 from pipeline.models.modes import uncached
 from pipeline.models.trace.labels import Ids, Label, Slots
-from pipeline.models.trace.table import Call, find, tensors_in
+from pipeline.models.trace.table import RULES, Call, find, tensors_in
 from pipeline.models.trace.tracer import Operations, PythonCalls, Trace, module_stack
 from pipeline.pruning.plan import Plan
 from pipeline.pruning.surgery import check_plan
+from pipeline.pruning.verify import CutMismatch
 from pipeline.saliency.calls import Place, in_calls
 
+NORMS = {name for name, rule in RULES.items() if rule.kind == "norm"}
 Removed = dict[tuple[str, int], NDArray[np.bool_]]
 """(tensor, dimension) -> which of its entries are removed."""
 
@@ -141,6 +143,7 @@ class _KeptOnly(Operations):
                 x = x.index_select(axis, kept)
             return x
 
+        self._require_aligned(call, [operands[id(x)] for x in call.tensors])
         bound = tree_map_only(Tensor, taken, call.bound)
         args, kwargs = call.arguments(resize(bound) if resize else bound)
         for out, result in zip(call.outputs, tensors_in(call.func(*args, **kwargs)), strict=True):
@@ -148,6 +151,35 @@ class _KeptOnly(Operations):
                 shape = [*result.shape[:axis], out.shape[axis], *result.shape[axis + 1 :]]
                 result = result.new_zeros(shape).index_copy_(axis, kept, result)
             out.copy_(result)
+
+    def _require_aligned(self, call: Call, operands: list[tuple[Tensor, Label | None]]) -> None:
+        """What stands at one position lies in one channel, whatever the rule has concluded: operands and results of one shape,
+        and the scales, shifts and statistics of a norm.
+
+        Raises:
+            CutMismatch: along one axis, some lack other positions than others.
+        """
+        x, label = operands[0]
+        first = 1 if "batch_norm" in call.name or "group_norm" in call.name else None
+        for other, its in (*operands[1:], *((out, self.trace.label(out)) for out in call.outputs)):
+            if x.dim() == other.dim():
+                offset = 0
+            elif call.name in NORMS and 0 < other.dim() < x.dim():
+                offset = x.dim() - other.dim() if first is None else first
+            else:
+                continue
+            for axis in range(other.dim()):
+                if offset + axis < x.dim() and other.shape[axis] == x.shape[offset + axis] > 1:
+                    a, b = self._gone_along(label, offset + axis, x), self._gone_along(its, axis, other)
+                    if not np.array_equal(a, b):
+                        raise CutMismatch(
+                            f"{call.name}: of axis {axis} of {tuple(other.shape)} other positions are removed than of the "
+                            f"{tuple(x.shape)} values that they belong to"
+                        )
+
+    def _gone_along(self, label: Label | None, axis: int, x: Tensor) -> NDArray[np.bool_]:
+        ids = label.axes.get(axis) if label else None
+        return np.zeros(x.shape[axis], dtype=bool) if ids is None else self._is_gone(ids)
 
     def _kept(self, label: Label | None, x: Tensor) -> dict[int, Tensor]:
         """Axis -> positions that stay, of the axes that lose any."""

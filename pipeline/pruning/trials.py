@@ -112,6 +112,7 @@ def try_cuts(
         failure = bench.attempt(planned(graph, kept))
         if failure is None:
             passed, trial = passed + 1, trial + 1
+            bench.draw(trial)
             continue
         passed = 0
         more = needed(model, failure, [size for size in candidates if size not in graph.sizes])
@@ -315,29 +316,39 @@ class Bench:
         macs: int = 0,
         deadline: Deadline | None = None,
     ) -> None:
+        self.deadline, self.seed, self.many_macs = deadline, seed, macs > MANY_MACS
+        self.outputs: list[Tensor] = []
+        """Of the dense network."""
         problems: list[str] = []
-        self.deadline = deadline
-        for setting in _SETTINGS if macs <= MANY_MACS else [replace(s, num_rows=s.num_rows and 2) for s in _SETTINGS]:
-            self.seed, self.tolerance = seed, setting.tolerance
-            generator = torch.Generator().manual_seed(seed)
-            self.inputs = tuple(_random_input(tensor, setting, generator) for tensor in inputs)
+        for setting in _SETTINGS if not self.many_macs else [replace(s, num_rows=s.num_rows and 2) for s in _SETTINGS]:
+            self.tolerance = setting.tolerance
+            self.inputs = tuple(_random_input(x, setting, torch.Generator().manual_seed(seed)) for x in inputs)
             self.model = copy.deepcopy(model).to(setting.dtype).eval()
-            randomise_(self.model, generator)
-            try:
-                with _calibrating(self.model):
-                    outputs = self._run(self.model)
-            except Exception as error:
-                problems.append(f"{setting.dtype}, {setting.num_rows or 'own'} rows: {_first_line(error)}")
-                continue
-            if outputs and all(bool(t.isfinite().all()) for t in outputs) and any(bool(t.any()) for t in outputs):
-                self.outputs = outputs
+            problem = self._draw(0)
+            if not problem:
                 return
-            problems.append(f"{setting.dtype}, {setting.num_rows or 'own'} rows: outputs are not finite, or all zero")
+            problems.append(f"{setting.dtype}, {setting.num_rows or 'own'} rows: {problem}")
         shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
         raise ValueError(
             f"trial cuts cannot run the dense network on random inputs of shape {shapes}: {'; '.join(problems)}. "
             "Pass example_inputs that the network accepts; trace without trials with pipeline.models.trace.propagate."
         )
+
+    def draw(self, trial: int) -> None:
+        """Other random weights, where that costs little: in a narrow network a ReLU that never opens may hide a mistake."""
+        if not self.many_macs and self._draw(trial):
+            self._draw(0)
+
+    def _draw(self, trial: int) -> str:
+        """Draw weights and run the dense network; what is wrong with its outputs, or nothing."""
+        randomise_(self.model, torch.Generator().manual_seed(self.seed + 1_000_003 * trial))
+        try:
+            with _calibrating(self.model):
+                self.outputs = self._run(self.model)
+        except Exception as error:
+            return _first_line(error)
+        finite = self.outputs and all(bool(t.isfinite().all()) for t in self.outputs)
+        return "" if finite and any(bool(t.any()) for t in self.outputs) else "outputs are not finite, or all zero"
 
     def attempt(self, plan: Plan, *, explain: bool = False) -> Failure | None:
         """Cut, run, compare with the masked network. None if they agree."""

@@ -154,7 +154,9 @@ NETWORKS: dict[str, Odd] = ODD | {
     "pool to one pixel in channels_last memory": right(
         images(lambda m, x: F.adaptive_avg_pool2d(x.contiguous(memory_format=torch.channels_last), 1))
     ),
-    "pool a sequence": right(images(lambda m, x: F.avg_pool1d(x.flatten(2), 2), b=nn.Conv1d(12, 6, 1))),
+    "stretch a sequence": right(
+        images(lambda m, x: F.interpolate(x.flatten(2), scale_factor=2), b=nn.Conv1d(12, 6, 1))
+    ),
     "pool a volume": right(images(lambda m, x: F.max_pool3d(x[:, :, None], (1, 2, 2))[:, :, 0])),
     "fill": right(images(lambda m, x: x + torch.zeros_like(x).fill_(0.5))),
 }
@@ -304,19 +306,20 @@ def test_a_mistake_that_is_not_seen(name, mutation, network):
 HARMLESS: dict[str, tuple[str, set[str]]] = {
     "freezes nothing": (
         "what comes out has no labels, so the readers stay, or the trials find what was not frozen",
-        {"along_one_axis", "attention", "barrier", "batch_norm", "convolution", "copy", "layer_norm", "matrix_product", "part",
-         "picked", "position", "slice_", "window1d", "window2d", "window3d"},
+        {"along_one_axis", "attention", "barrier", "batch_norm", "convolution", "copy", "join", "layer_norm", "matrix_product",
+         "part", "picked", "position", "reshape", "slice_", "window1d", "window2d", "window3d"},
     ),
     ELEMENTWISE: (
         "the rule is a join that freezes more, or the labels of its one operand pass as they do in a join",
-        {"along_one_axis", "as_strided", "copy", "fill", "fresh", "join", "like", "position", "reads_values", "same"},
+        {"along_one_axis", "as_strided", "copy", "fill", "fresh", "join", "like", "position", "reads_values", "same",
+         "window1d", "window3d"},
     ),
     "drops the labels": (
-        "it works in place, its result is the same everywhere, or it is frozen anyway",
-        {"as_strided", "barrier", "copy", "fill", "like", "position"},
+        "it works in place, or the channels are frozen anyway",
+        {"as_strided", "barrier", "copy", "fill", "position"},
     ),
     "unites nothing": ("the same channels are united where they are read", {"col2im", "copy", "picked", "slice_"}),
-    "unites neighbours": ("what meets there is frozen", {"picked"}),
+    "unites neighbours": ("what meets there is frozen", {"layer_norm", "picked"}),
     "turns the labels round": ("of a tensor that is the same everywhere", {"fill", "like"}),
     "tells of no statistic": ("the channels are frozen", {"position"}),
 }  # fmt: skip
