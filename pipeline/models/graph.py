@@ -56,9 +56,9 @@ class Site:
     """Channel axis of that input: 1 for a convolution, -1 for a linear layer."""
     index_CK: Tensor
     """int64 [C, K]: positions of channel c along that axis."""
-    call: tuple[int, int] | None = None
-    """Where the module multiplies with a weight by itself, `x @ self.weight`: the how-many-eth torch function it calls, and
-    the how-many-eth tensor argument of that carries the channels, instead of the module's input."""
+    call: tuple[int, int, str] | None = None
+    """Where the module multiplies with a weight by itself, `x @ self.weight`: the how-many-eth torch function it calls, the
+    how-many-eth tensor argument of that which carries the channels, instead of the module's input, and the function's name."""
 
     def __post_init__(self) -> None:
         _check_index(self.index_CK, f"consumer {self.module}")
@@ -96,8 +96,8 @@ class Branch:
 
     module: str
     """Qualified name of the module whose code adds."""
-    call: tuple[int, int]
-    """The how-many-eth torch function that it calls is the sum, and the how-many-eth tensor argument of that the branch."""
+    call: tuple[int, int, str]
+    """The how-many-eth torch function that it calls is the sum, the how-many-eth tensor argument of that the branch; its name."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +121,7 @@ class Block:
     @classmethod
     def from_list(cls, values: list[Any]) -> Block:
         name, tensors, branches = values
-        return cls(name, tuple(tensors), tuple(Branch(module, (call, i)) for module, call, i in branches))
+        return cls(name, tuple(tensors), tuple(Branch(module, (call, i, name)) for module, call, i, name in branches))
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,14 +22,12 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
 
 
 def caches(model: nn.Module) -> Iterator[dict[Any, Tensor]]:
-    """Dictionaries in which modules keep computed tensors from one forward pass to the next (LeViT's attention biases)."""
+    """Dictionaries in which modules keep computed tensors from one forward pass to the next, such as LeViT's
+    `attention_bias_cache`. They are known by their name: a table of constants may look the same."""
     for module in model.modules():
-        internal = (module._parameters, module._buffers)
-        for value in vars(module).values():
-            computed = isinstance(value, dict) and value and not any(value is own for own in internal)
-            if computed and all(
-                isinstance(item, Tensor) and not isinstance(item, nn.Parameter) for item in value.values()
-            ):
+        for name, value in vars(module).items():
+            tensors = isinstance(value, dict) and value and all(isinstance(item, Tensor) for item in value.values())
+            if tensors and "cache" in name:
                 yield value
 
 

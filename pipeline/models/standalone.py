@@ -78,13 +78,29 @@ expression `text`, at this place after the function's first line, now states the
 
 def rewrite_(module: nn.Module, edits: Sequence[Edit]) -> None:
     """Give this one module a copy of its methods in which sizes are other numbers. Raises ValueError if they moved."""
-    cls = original_class(module)
+    module.__class__ = _rewritten(original_class(module), json.dumps(edits))
+
+
+@functools.lru_cache(maxsize=4096)
+def _rewritten(cls: type, text: str) -> type:
+    edits = json.loads(text)
     methods = {
         name: _edited(getattr(cls, name), [([*rest], *edit) for (first, *rest), *edit in edits if first == name])
         for name in dict.fromkeys(edit[0][0] for edit in edits)
     }  # fmt: skip
-    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "edits": [list(edit) for edit in edits]}
-    module.__class__ = type(cls.__name__, (cls,), {**methods, **names})
+
+    def reduce(self: nn.Module, _protocol: int) -> tuple[Any, ...]:
+        return _restored, (cls, text), self.__getstate__()  # type: ignore[operator]
+
+    names = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__reduce_ex__": reduce, "edits": edits}
+    return type(cls.__name__, (cls,), {**methods, **names})
+
+
+def _restored(cls: type, text: str) -> nn.Module:
+    """An empty module of a rewritten class: how pickle and deepcopy begin, which cannot find the class by its name."""
+    rewritten = _rewritten(cls, text)
+    module: nn.Module = rewritten.__new__(rewritten)
+    return module
 
 
 def original_class(module: nn.Module) -> type:
@@ -172,7 +188,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         need_weights: bool = True, attn_mask: Tensor | None = None, average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        del is_causal  # a hint: the mask says the same
+        if is_causal and attn_mask is None:
+            raise RuntimeError("is_causal is a hint about attn_mask, which is missing")
         single, bias = query.dim() == 2, self.in_proj_bias
         inputs: tuple[Tensor, ...] = (query, key, value)
         if single:
@@ -191,8 +208,8 @@ class MultiheadAttention(nn.MultiheadAttention):
         weights: Tensor | None = None
         if need_weights:
             scores = (q * self.head_dim**-0.5) @ k.transpose(-2, -1)
-            weights = (scores if mask is None else scores + mask).softmax(-1)
-            out = F.dropout(weights, self.dropout, self.training) @ v
+            weights = F.dropout((scores if mask is None else scores + mask).softmax(-1), self.dropout, self.training)
+            out = weights @ v
             weights = weights.mean(1) if average_attn_weights else weights
         else:
             out = F.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0)
@@ -223,4 +240,6 @@ def open_attention_(model: nn.Module) -> nn.Module:
         plain = type(module) is nn.MultiheadAttention and module.in_proj_weight is not None
         if plain and module.bias_k is None and not module.add_zero_attn:
             module.__class__ = MultiheadAttention
+        if isinstance(module, nn.TransformerEncoder):  # padded rows as nested tensors go with torch's own attention only
+            module.enable_nested_tensor = module.use_nested_tensor = False
     return model

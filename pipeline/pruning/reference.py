@@ -25,7 +25,7 @@ from pipeline.models.trace.tracer import Operations, PythonCalls, Trace, module_
 from pipeline.pruning.plan import Plan
 from pipeline.pruning.surgery import check_plan
 from pipeline.pruning.verify import CutMismatch
-from pipeline.saliency.calls import Place, in_calls
+from pipeline.models.calls import Place, in_calls
 
 NORMS = {name for name, rule in RULES.items() if rule.kind == "norm"}
 Removed = dict[tuple[str, int], NDArray[np.bool_]]
@@ -57,8 +57,8 @@ class Masked(nn.Module):
                 self._removed[name, dim] = gone
         self._branches: dict[Place, dict[int, None]] = {}
         for branch in (branch for block in plan.blocks for branch in block.branches):
-            call, argument = branch.call
-            self._branches.setdefault((branch.module, call), {})[argument] = None
+            call, argument, name = branch.call
+            self._branches.setdefault((branch.module, call, name), {})[argument] = None
 
     @torch.no_grad()
     def forward(self, *inputs: Any, **named: Any) -> Any:
@@ -147,10 +147,18 @@ class _KeptOnly(Operations):
         bound = tree_map_only(Tensor, taken, call.bound)
         args, kwargs = call.arguments(resize(bound) if resize else bound)
         for out, result in zip(call.outputs, tensors_in(call.func(*args, **kwargs)), strict=True):
+            if call.get("dim") is not None and not out.dtype.is_floating_point and len(call.outputs) > 1:
+                result = self._dense_positions(operands[id(call.tensors[0])], call["dim"], result)
             for axis, kept in self._kept(self.trace.label(out), out).items():
                 shape = [*result.shape[:axis], out.shape[axis], *result.shape[axis + 1 :]]
                 result = result.new_zeros(shape).index_copy_(axis, kept, result)
             out.copy_(result)
+
+    def _dense_positions(self, operand: tuple[Tensor, Label | None], dim: int, found: Tensor) -> Tensor:
+        """Positions of a maximum among what is kept, numbered as in the dense network: code that uses them is no statistic."""
+        x, label = operand
+        kept = self._kept(label, x).get(dim % x.dim())
+        return found if kept is None else kept[found]
 
     def _require_aligned(self, call: Call, operands: list[tuple[Tensor, Label | None]]) -> None:
         """What stands at one position lies in one channel, whatever the rule has concluded: operands and results of one shape,

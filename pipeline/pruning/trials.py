@@ -15,6 +15,7 @@ Residual blocks are tried last, each time together with another random cut of ch
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import os
 import traceback
@@ -109,6 +110,7 @@ def try_cuts(
     while passed < num_trials and any(group.size > 1 for group in graph.groups):
         bench = bench or Bench(model, inputs, seed, macs=count(graph, {}).macs, deadline=deadline)
         kept = random_subsets(graph, seed=seed, trial=trial)
+        bench.training = passed == num_trials - 1
         failure = bench.attempt(planned(graph, kept))
         if failure is None:
             passed, trial = passed + 1, trial + 1
@@ -185,7 +187,7 @@ def needed(model: nn.Module, failure: Failure, sizes: Sequence[Size]) -> list[Si
 
 
 def _harmless(bench: Bench, graph: Graph, sizes: Sequence[Size]) -> list[Size]:
-    """Those that leave the dense network as it is: what a place states may also depend on the number of rows."""
+    """Those that leave the dense network as it is: what a place states may also depend on the number of rows, or of pixels."""
 
     def passes(tried: Sequence[Size]) -> bool:
         return bench.keeps_dense(planned(replace(graph, sizes=(*graph.sizes, *tried)), {}))
@@ -317,8 +319,8 @@ class Bench:
         deadline: Deadline | None = None,
     ) -> None:
         self.deadline, self.seed, self.many_macs = deadline, seed, macs > MANY_MACS
-        self.outputs: list[Tensor] = []
-        """Of the dense network."""
+        self.training = False
+        """Attempts must also run in training mode."""
         problems: list[str] = []
         for setting in _SETTINGS if not self.many_macs else [replace(s, num_rows=s.num_rows and 2) for s in _SETTINGS]:
             self.tolerance = setting.tolerance
@@ -344,11 +346,11 @@ class Bench:
         randomise_(self.model, torch.Generator().manual_seed(self.seed + 1_000_003 * trial))
         try:
             with _calibrating(self.model):
-                self.outputs = self._run(self.model)
+                outputs = self._run(self.model)
         except Exception as error:
             return _first_line(error)
-        finite = self.outputs and all(bool(t.isfinite().all()) for t in self.outputs)
-        return "" if finite and any(bool(t.any()) for t in self.outputs) else "outputs are not finite, or all zero"
+        finite = outputs and all(bool(t.isfinite().all()) for t in outputs)
+        return "" if finite and any(bool(t.any()) for t in outputs) else "outputs are not finite, or all zero"
 
     def attempt(self, plan: Plan, *, explain: bool = False) -> Failure | None:
         """Cut, run, compare with the masked network. None if they agree."""
@@ -368,27 +370,61 @@ class Bench:
         masked = mask(self.model, plan)
         try:
             difference = compare(ours, self._run(masked), rows=1)
-        except CutMismatch as error:
-            return Failure(_first_line(error), "")
+        except Exception as error:
+            return Failure(f"the masked network stops with {_first_line(error)}", "")
         if difference.max_rel <= self.tolerance:
-            return None
+            return self._training_failure(small) if self.training and self._trains else None
         where = self._first_difference(small, masked) if explain else ""
         return Failure(
             f"the cut network differs from the masked one by {difference.max_rel:.2g} of the largest output", where
         )
 
     def keeps_dense(self, plan: Plan) -> bool:
-        """Does a plan that removes nothing leave the outputs as they are?"""
+        """Does a plan that removes nothing leave the outputs as they are, also those for images of another size?"""
+        if self.deadline:
+            self.deadline.check("trying what the code states about sizes")
+        small = cut(self.model, plan)
+        for inputs in (self.inputs, *self._other_sizes()):
+            try:
+                if compare(self._run(small, inputs), self._run(self.model, inputs), rows=1).max_rel > self.tolerance:
+                    return False
+            except Exception:
+                return False
+        return True
+
+    def _other_sizes(self) -> list[tuple[Tensor, ...]]:
+        """Inputs of half the height, or length, if the dense network takes them."""
+        halves = tuple(
+            x.narrow(-2, 0, x.shape[-2] // 2) if x.is_floating_point() and x.dim() > 2 and x.shape[-2] > 1 else x
+            for x in self.inputs
+        )
         try:
-            return compare(self._run(cut(self.model, plan)), self.outputs, rows=1).max_rel <= self.tolerance
+            self._run(self.model, halves)
         except Exception:
-            return False
+            return []
+        return [halves]
+
+    @functools.cached_property
+    def _trains(self) -> bool:
+        """Does the dense network run in training mode?"""
+        return self._training_failure(copy.deepcopy(self.model)) is None
+
+    def _training_failure(self, model: nn.Module) -> Failure | None:
+        """What stops the network in training mode, in which it may run other code; it is worth nothing afterwards."""
+        stack: list[str] = []
+        with _module_stack(model.train(), stack):
+            try:
+                self._run(model)
+            except Exception as error:
+                text = f"in training mode the cut network stops with {_first_line(error)}"
+                return Failure(text, _place(stack, error), tuple(_stack_frames(error)))
+        return None
 
     @torch.no_grad()
-    def _run(self, model: nn.Module) -> list[Tensor]:
+    def _run(self, model: nn.Module, inputs: tuple[Tensor, ...] | None = None) -> list[Tensor]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            return [tensor.clone() for tensor in output_tensors(model(*self.inputs))]
+            return [tensor.clone() for tensor in output_tensors(model(*(self.inputs if inputs is None else inputs)))]
 
     def _first_difference(self, small: nn.Module, masked: nn.Module) -> str:
         """The first module, in running order, whose output has the same shape in both networks but other values."""

@@ -30,7 +30,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pipeline.models.graph import Branch, Graph, Site
 from pipeline.models.modes import eval_mode
-from pipeline.saliency.calls import in_calls
+from pipeline.models.calls import Place, in_calls
 
 GATE_KINDS = ("gate_sum", "gate_abs", "gate_square", "gate_fourth")
 WEIGHT_KINDS = ("grad_sum", "grad_abs", "grad_square")
@@ -214,14 +214,14 @@ class GateStatistics:
     def _install(self) -> tuple[list[RemovableHandle], AbstractContextManager[Any]]:
         """One hook per consumer module, whichever groups it reads; a mode for the calls that modules make by themselves."""
         taps: dict[str, list[SiteOf]] = {}
-        calls: dict[tuple[str, int], dict[int, list[SiteOf]]] = {}
+        calls: dict[Place, dict[int, list[SiteOf]]] = {}
         for name, sites in self.graph.gates().items():
             for i, site in enumerate(sites):
                 if site.call is None:
                     taps.setdefault(site.module, []).append((name, i, site))
                 else:
-                    call, operand = site.call
-                    calls.setdefault((site.module, call), {}).setdefault(operand, []).append((name, i, site))
+                    call, operand, function = site.call
+                    calls.setdefault((site.module, call, function), {}).setdefault(operand, []).append((name, i, site))
         modules = dict(self.model.named_modules())
         # What runs before the first layer's own hooks counts for the layer around it: `in_calls` installs first.
         mode, handles = in_calls(modules, calls, self._gated) if calls else (nullcontext(), [])

@@ -107,7 +107,7 @@ class _Finder(PythonCalls):
             branch = known.index(None)
             _, before = known[1 - branch] or (out, ())
             if tensors[branch].shape == out.shape and id(tensors[branch]) not in self._own:
-                sums[id(out)] = (out, (*before, Branch(path, (index, branch))))
+                sums[id(out)] = (out, (*before, Branch(path, (index, branch, name))))
         elif len(tensors) == 1 and known[0] is not None and known[0][1]:  # an activation of a sum, or a view
             sums[id(out)] = (out, known[0][1])
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pipeline.models.trace.tracer import Trace
 
 Dimension = tuple[str, int]
-SiteKey = tuple[str, int, tuple[int, int] | None]
+SiteKey = tuple[str, int, tuple[int, int, str] | None]
 """(module, axis, call), see `models.graph.Site`."""
 NO_READER = "no convolution or linear layer reads these channels"
 NO_WRITER = "no convolution or linear layer writes these channels"

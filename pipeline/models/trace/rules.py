@@ -17,6 +17,8 @@ from pipeline.models.trace.table import Call, rule
 if TYPE_CHECKING:
     from pipeline.models.trace.tracer import Trace
 
+DECIDES = "the code decides by computed values, and a cut could make it decide otherwise"
+
 # --- join: labels that meet in one element ----------------------------------------------------------------------------
 
 
@@ -47,7 +49,7 @@ def fresh(trace: Trace, call: Call) -> None:
 
 @rule("aten::fill", "aten::zero", kind="join")
 def fill(trace: Trace, call: Call) -> None:
-    trace.put(call.outputs[0], trace.label(call.tensors[0]))
+    trace.put(call.outputs[0], trace.join(call, call.tensors, shape=call.outputs[0].shape))
 
 
 @rule("aten::copy", kind="join")
@@ -407,7 +409,7 @@ def barrier(trace: Trace, call: Call, text: str = "there is no rule for this ope
 def reads_values(trace: Trace, call: Call) -> None:
     """Python sees a value that a cut may change: what the code would then do was not traced, so nothing may be cut."""
     if any(trace.label(tensor) is not None for tensor in call.tensors):
-        trace.refuse(call, "the code decides by computed values, and a cut could make it decide otherwise")
+        trace.refuse(call.name, DECIDES)
 
 
 # --- for rules --------------------------------------------------------------------------------------------------------

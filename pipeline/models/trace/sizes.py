@@ -125,7 +125,8 @@ class PythonCall:
         node = _node(frame.f_code, position[1], position[3])
         names: list[str] = []
         while frame is not None and node is not None:
-            code, owner = frame.f_code, frame.f_locals.get("self")
+            code = frame.f_code
+            owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
             names.insert(0, code.co_name)
             if isinstance(owner, nn.Module):
                 path = next((f.path for f in reversed(trace.stack) if f.module is owner), None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
@@ -166,7 +167,8 @@ def _normalized_shape(bound: dict[str, Any]) -> dict[str, Any]:
 
 
 def _channels(bound: dict[str, Any]) -> dict[str, Any]:
-    return {**bound, "C": bound["input"].shape[1]}
+    rows, channels, *space = bound["input"].shape
+    return {**bound, "N": rows, "C": channels, "HxW": math.prod(space)}
 
 
 @rule("aten::native_layer_norm", "aten::_fused_rms_norm", kind="norm", resize=_normalized_shape)

@@ -24,12 +24,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from pipeline.models.calls import is_call
 from pipeline.models.graph import Graph
 from pipeline.models.modes import eval_mode, uncached
 from pipeline.models.trace import contractions, statistics
 from pipeline.models.trace.groups import SiteKey, graph_of
 from pipeline.models.trace.labels import Ids, Label, Reason, Slots, core, spread
-from pipeline.models.trace.rules import barrier, join, merge, tied
+from pipeline.models.trace.rules import DECIDES, barrier, join, merge, tied
 from pipeline.models.trace.sizes import PythonCall, Stated
 from pipeline.models.trace.table import Call, Rule, find, tensors_in
 
@@ -138,9 +139,16 @@ class Trace:
             assert all(tensor.shape[axis] == len(ids) for axis, ids in label.axes.items())
             self._labels[tensor] = label
 
+    def depend(self, out: Tensor, read: Sequence[Label], call: Call) -> None:
+        """A result that a rule says nothing about carries no channels; but it may change with a cut, like what it was made of."""
+        if self.label(out) is None and out not in self._same:
+            note = next((label.note for label in read if label.note), None)
+            self.put(out, Label(note=note or self.reason(call, "these values carry no channels")))
+
     def written(self, call: Call) -> None:
         """A value that was written into through a view depends on what was written, though its own label knows nothing of it."""
         for tensor in call.mutated:
+            self._same.pop(tensor, None)
             base = tensor._base
             if base is not None and self.label(tensor) is not None and self.label(base) is None:
                 self.put(base, Label(note=self.reason(call, "values are written into a part of a tensor")))
@@ -175,6 +183,7 @@ class Trace:
         Size 1 joins nothing, nor does what holds one value along the axis: its size may follow the code.
         """
         known: list[Ids] = []
+        computed = False
         blind: list[Label | None] = []
         for tensor, axis in places:
             if tensor.shape[axis] == 1:
@@ -187,12 +196,13 @@ class Trace:
                 blind.append(label)
             else:
                 known.append(ids)
+                computed |= label is not None and label.source is None
         if not known:
             return None
         for other in known[1:]:
             self.unite(known[0], other, call)
         if blind:
-            if any(label is not None and label.axes for label in blind):
+            if computed and any(label is not None and label.axes for label in blind):
                 self.meet()  # it was split along another axis
             for ids in known:
                 self.freeze_as(ids, next((label.note for label in blind if label), None), call, CONSTANTS)
@@ -283,9 +293,9 @@ class Trace:
         """A tensor without labels that holds one value: its size follows the code."""
         self._same[tensor] = True
 
-    def refuse(self, call: Call, text: str) -> None:
+    def refuse(self, operation: str, text: str) -> None:
         """Nothing may be cut at all."""
-        self.refused = self.refused or self.reason(call, text)
+        self.refused = self.refused or Reason(operation, self._where(), text)
 
     def consume(self, call: Call, weight: str, ids: Ids, axis: int) -> None:
         """The channels `ids` end at a weight: note the value that carries them, where Python can get hold of it."""
@@ -322,7 +332,7 @@ class Trace:
             for axis, there in label.axes.items() if label and label.source is None else ():
                 if np.array_equal(self._classes(there), wanted):
                     assert python is not None
-                    return (self.stack[-1].path, axis, (python.index, i)), there
+                    return (self.stack[-1].path, axis, (python.index, i, python.name)), there
         return None
 
     def _classes(self, ids: Ids) -> Ids:
@@ -363,20 +373,21 @@ class Operations(TorchDispatchMode):
         """Apply the operation's rule."""
         call.name, rule = find(call.name)
         self.trace.mixes = False
+        read = [label for label in map(self.trace.label, call.tensors) if label is not None]
         if rule is not None:
             try:
                 rule.apply(self.trace, call)
-            except (RuntimeError, ValueError, LookupError, AssertionError) as error:
-                # A form of the operation that its rule does not know is not guessed either.
-                barrier(
-                    self.trace,
-                    call,
-                    f"the rule for this operation does not fit this form of it ({type(error).__name__}: {error})",
-                )
+            except Exception as error:  # a form of the operation that its rule does not know is not guessed either
+                text = f"the rule for this operation does not fit this form of it ({type(error).__name__}: {error})"
+                for ids in (ids for label in read for ids in label.axes.values()):
+                    self.trace.freeze(ids, call, text)
+                barrier(self.trace, call, text)
         elif torch.Tag.pointwise in call.func.tags and torch.Tag.nondeterministic_seeded not in call.func.tags:
             join(self.trace, call)
         else:
             barrier(self.trace, call)
+        for out in call.outputs if read else ():
+            self.trace.depend(out, read, call)
         self.trace.written(call)
         if self.deadline:
             self.deadline.check(f"following {self.trace.stack[-1].path or 'the network'}")
@@ -395,8 +406,10 @@ class PythonCalls(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ("__get__", "__set__"):  # x.shape, x.dtype
-            return func(*args, **kwargs)
+        if not is_call(func):
+            return self._attribute(func, args, kwargs)
+        if getattr(func, "__name__", "") in READS_VALUES and self.trace.label(args[0]) is not None:
+            self.trace.refuse(func.__name__, DECIDES)
         frame, trace = self.trace.stack[-1], self.trace
         call = trace.python = PythonCall(func, args, kwargs, frame.calls, _caller())
         frame.calls += 1
@@ -407,6 +420,16 @@ class PythonCalls(TorchFunctionMode):
         return out
 
 
+    def _attribute(self, func: Any, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        if isinstance(out, Tensor) and isinstance(args[0], Tensor) and out.shape == args[0].shape:
+            if self.trace.label(out) is None:  # x.data: no operation ran
+                self.trace.put(out, self.trace.label(args[0]))
+        return out
+
+
+READS_VALUES = ("tolist", "numpy", "__array__")
+"""Functions that read the memory of a tensor without any operation."""
 _LIBRARY = f"{Path(torch.__file__).parent}{os.sep}"
 _LAYERS = f"{_LIBRARY}nn{os.sep}modules{os.sep}"
 
@@ -441,7 +464,7 @@ def module_stack(model: nn.Module, trace: Trace) -> Iterator[None]:
     handles = []
     for path, module in model.named_modules():
         handles.append(module.register_forward_pre_hook(enter(path)))
-        handles.append(module.register_forward_hook(leave))
+        handles.append(module.register_forward_hook(leave, always_call=True))
     try:
         yield
     finally:
@@ -500,6 +523,6 @@ def _run(model: nn.Module, inputs: tuple[Tensor, ...], trace: Trace, deadline: D
                 return trace, model(*inputs)
         except TraceTimeout:
             raise
-        except RuntimeError as error:
+        except Exception as error:
             shapes = ", ".join(str(tuple(tensor.shape)) for tensor in inputs)
             raise ValueError(f"the network does not run on inputs of shape {shapes}: {error}") from error

@@ -1,4 +1,8 @@
-"""Gates at torch functions that a module calls by itself, `x @ self.weight`: found again by counting its calls."""
+"""Torch functions that a module calls by itself, `x @ self.weight`: found again by counting its calls.
+
+The tracer counts them when it notes a place, and whoever puts something there later counts in the same way: functions, not
+attributes, called while this module is the innermost that runs. What hooks call is hidden from both.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +15,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.hooks import RemovableHandle
 
-Place = tuple[str, int]
-"""(module, the how-many-eth torch function that it calls)."""
+Place = tuple[str, int, str]
+"""(module, the how-many-eth torch function that it calls, its name: a module may run other code at another time)."""
+
+
+def is_call(func: Any) -> bool:
+    """A function, not an attribute (x.shape, x.dtype)."""
+    return getattr(func, "__name__", "") not in ("__get__", "__set__")
 
 
 def in_calls(
@@ -22,7 +31,7 @@ def in_calls(
 ) -> tuple[TorchFunctionMode, list[RemovableHandle]]:
     """A mode in which tensor argument i of the call at a place is replaced by gate(argument, places[place][i]).
 
-    Calls are counted as the tracer counts them (`models.trace.tracer.PythonCalls`): of the innermost module that runs.
+    `modules`: all of the network by name.
     """
     mode = _Calls(places, gate)
 
@@ -35,7 +44,7 @@ def in_calls(
     handles = []
     for name, module in modules.items():
         handles.append(module.register_forward_pre_hook(enter(name)))
-        handles.append(module.register_forward_hook(leave))
+        handles.append(module.register_forward_hook(leave, always_call=True))
     return mode, handles
 
 
@@ -51,9 +60,9 @@ class _Calls(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if getattr(func, "__name__", "") not in ("__get__", "__set__"):
+        if is_call(func):
             frame = self.running[-1]
-            wanted = self.places.get((frame[0], frame[1]))
+            wanted = self.places.get((frame[0], frame[1], getattr(func, "__name__", "")))
             frame[1] += 1
             if wanted:
                 with torch._C.DisableTorchFunction():
