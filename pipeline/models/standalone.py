@@ -98,7 +98,7 @@ def _rewritten(cls: type, text: str) -> type:
 
 def _restored(cls: type, text: str) -> nn.Module:
     """An empty module of a rewritten class: how pickle and deepcopy begin, which cannot find the class by its name."""
-    rewritten = _rewritten(cls, text)
+    rewritten: Any = _rewritten(cls, text)
     module: nn.Module = rewritten.__new__(rewritten)
     return module
 
@@ -240,6 +240,8 @@ def open_attention_(model: nn.Module) -> nn.Module:
         plain = type(module) is nn.MultiheadAttention and module.in_proj_weight is not None
         if plain and module.bias_k is None and not module.add_zero_attn:
             module.__class__ = MultiheadAttention
-        if isinstance(module, nn.TransformerEncoder):  # padded rows as nested tensors go with torch's own attention only
+        if isinstance(
+            module, nn.TransformerEncoder
+        ):  # padded rows as nested tensors go with torch's own attention only
             module.enable_nested_tensor = module.use_nested_tensor = False
     return model

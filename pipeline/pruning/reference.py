@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from pipeline.models.calls import Place, in_calls
 from pipeline.models.modes import uncached
 from pipeline.models.trace.labels import Ids, Label, Slots
 from pipeline.models.trace.table import RULES, Call, find, tensors_in
@@ -25,7 +26,6 @@ from pipeline.models.trace.tracer import Operations, PythonCalls, Trace, module_
 from pipeline.pruning.plan import Plan
 from pipeline.pruning.surgery import check_plan
 from pipeline.pruning.verify import CutMismatch
-from pipeline.models.calls import Place, in_calls
 
 NORMS = {name for name, rule in RULES.items() if rule.kind == "norm"}
 Removed = dict[tuple[str, int], NDArray[np.bool_]]

@@ -36,7 +36,7 @@ from pipeline.models.trace import Deadline, find_blocks, propagate
 from pipeline.pruning.plan import Plan, planned
 from pipeline.pruning.reference import Masked, mask
 from pipeline.pruning.surgery import cut
-from pipeline.pruning.verify import CutMismatch, compare, output_tensors
+from pipeline.pruning.verify import compare, output_tensors
 
 MIN_REMOVED, MAX_REMOVED = 0.05, 0.8
 """Range of the fraction of channels that a group loses in a trial."""

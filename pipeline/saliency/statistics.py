@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from pipeline.models.calls import Place, in_calls
 from pipeline.models.graph import Branch, Graph, Site
 from pipeline.models.modes import eval_mode
-from pipeline.models.calls import Place, in_calls
 
 GATE_KINDS = ("gate_sum", "gate_abs", "gate_square", "gate_fourth")
 WEIGHT_KINDS = ("grad_sum", "grad_abs", "grad_square")

@@ -135,7 +135,7 @@ def test_the_standalone_loader_is_short_and_needs_no_package_of_ours(tmp_path, s
         "ast", "collections", "functools", "importlib", "inspect", "json", "pathlib", "safetensors", "torch", "types",
         "typing",
     }  # fmt: skip
-    assert len(text.splitlines()) <= 240
+    assert len(text.splitlines()) <= 260
 
 
 def test_a_timm_model_needs_no_factory(tmp_path, monkeypatch):

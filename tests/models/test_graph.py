@@ -106,7 +106,7 @@ def test_the_channels_of_a_group_that_is_frozen_count_among_those_that_stay():
 
 def test_sizes_heads_and_calls_survive_json_and_enter_the_hash():
     graph = residual_graph()
-    site = Site("fc", -1, index(8, width=4), call=(3, 1))
+    site = Site("fc", -1, index(8, width=4), call=(3, 1, "matmul"))
     groups = (replace(graph.groups[0], consumers=(site,)), graph.groups[1])
     sizes = (counts(conv=(7, 0, 0, 3)), replace(counts(a=(1,)), attribute="parts", element=1, negative=True))
     changed = [replace(graph, groups=groups), replace(graph, sizes=sizes), replace(graph, heads=("blocks.0.attn",))]

@@ -389,7 +389,7 @@ def test_a_weight_that_is_used_outside_of_its_layer_is_read_where_it_is_used():
     graph = propagate(net, IMAGE)
     assert owned(graph)["a"] == {"a.weight:0": singles(4), "b.weight:1": singles(4)}
     (site,) = graph.group("a").consumers
-    assert (site.module, site.axis, site.call, site.index_CK.tolist()) == ("", 1, (1, 0), singles(4))
+    assert (site.module, site.axis, site.call, site.index_CK.tolist()) == ("", 1, (1, 0, "conv2d"), singles(4))
     assert {c.tensor for c in graph.contractions} == {"a.weight", "b.weight", "c.weight"}
 
 

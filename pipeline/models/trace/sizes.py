@@ -123,17 +123,18 @@ class PythonCall:
         while frame.f_code.co_name in COMPREHENSIONS and frame.f_back is not None:
             frame = frame.f_back
         node = _node(frame.f_code, position[1], position[3])
-        names: list[str] = []
+        codes: list[CodeType] = []
         while frame is not None and node is not None:
             code = frame.f_code
             owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            names.insert(0, code.co_name)
-            if isinstance(owner, nn.Module):
-                path = next((f.path for f in reversed(trace.stack) if f.module is owner), None)
-                functions = _chain(original_class(owner), names)
-                if path is None or functions is None or functions[-1].__code__.co_name != names[-1]:
-                    return None
-                return path, tuple(names), node, functions[-1].__code__.co_firstlineno
+            codes.insert(0, code)
+            path = next((f.path for f in reversed(trace.stack) if f.module is owner), None)
+            if (
+                isinstance(owner, nn.Module)
+                and path is not None
+                and (first := _first_line(original_class(owner), codes))
+            ):
+                return path, tuple(code.co_name for code in codes), node, first
             frame = frame.f_back
         return None
 
@@ -141,16 +142,19 @@ class PythonCall:
 COMPREHENSIONS = ("<genexpr>", "<listcomp>", "<dictcomp>", "<setcomp>")
 
 
-def _chain(cls: type, names: Sequence[str]) -> list[Any] | None:
-    """The functions that these names stand for: a method of `cls`, then global names of each function's module."""
-    found = [inspect.unwrap(getattr(cls, names[0], None) or _missing)]
-    for name in names[1:]:
-        found.append(inspect.unwrap(getattr(found[-1], "__globals__", {}).get(name) or _missing))
-    return found if all(inspect.isfunction(function) and function is not _missing for function in found) else None
-
-
-def _missing() -> None:
-    """Stands for a function that is not there."""
+def _first_line(cls: type, codes: Sequence[CodeType]) -> int | None:
+    """First line of the last of these functions, if they are a method of `cls` and what it calls by global names."""
+    scope: Any = None
+    function: Any = None
+    for code in codes:
+        function = getattr(cls, code.co_name, None) if scope is None else scope.get(code.co_name)
+        function = function and inspect.unwrap(function)
+        own = getattr(function, "__code__", None)
+        # A rewritten function begins with its first line without decorators.
+        if own is None or own.co_filename != code.co_filename or not 0 <= code.co_firstlineno - own.co_firstlineno < 8:
+            return None
+        scope = function.__globals__
+    return int(function.__code__.co_firstlineno)
 
 
 @lru_cache(maxsize=4096)

@@ -419,12 +419,11 @@ class PythonCalls(TorchFunctionMode):
         trace.python = None
         return out
 
-
     def _attribute(self, func: Any, args: Any, kwargs: Any) -> Any:
         out = func(*args, **kwargs)
-        if isinstance(out, Tensor) and isinstance(args[0], Tensor) and out.shape == args[0].shape:
-            if self.trace.label(out) is None:  # x.data: no operation ran
-                self.trace.put(out, self.trace.label(args[0]))
+        same = isinstance(out, Tensor) and isinstance(args[0], Tensor) and out.shape == args[0].shape
+        if same and self.trace.label(out) is None:  # x.data: no operation ran
+            self.trace.put(out, self.trace.label(args[0]))
         return out
 
 
