@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map_only
 from pipeline.models.calls import Place, in_calls
 from pipeline.models.modes import uncached
 from pipeline.models.trace.labels import Ids, Label, Slots
+from pipeline.models.trace.statistics import axes_of
 from pipeline.models.trace.table import RULES, Call, find, tensors_in
 from pipeline.models.trace.tracer import Operations, PythonCalls, Trace, module_stack
 from pipeline.pruning.plan import Plan
@@ -168,17 +169,10 @@ class _KeptOnly(Operations):
             CutMismatch: along one axis, some lack other positions than others.
         """
         x, label = operands[0]
-        first = 1 if "batch_norm" in call.name or "group_norm" in call.name else None
         for other, its in (*operands[1:], *((out, self.trace.label(out)) for out in call.outputs)):
-            if x.dim() == other.dim():
-                offset = 0
-            elif call.name in NORMS and 0 < other.dim() < x.dim():
-                offset = x.dim() - other.dim() if first is None else first
-            else:
-                continue
-            for axis in range(other.dim()):
-                if offset + axis < x.dim() and other.shape[axis] == x.shape[offset + axis] > 1:
-                    a, b = self._gone_along(label, offset + axis, x), self._gone_along(its, axis, other)
+            for axis, same in enumerate(_axes_in(call, x, other)):
+                if other.shape[axis] == x.shape[same] > 1:
+                    a, b = self._gone_along(label, same, x), self._gone_along(its, axis, other)
                     if not np.array_equal(a, b):
                         raise CutMismatch(
                             f"{call.name}: of axis {axis} of {tuple(other.shape)} other positions are removed than of the "
@@ -205,3 +199,14 @@ class _KeptOnly(Operations):
             parts = [self._removed.get(key, np.zeros(size, dtype=bool)) for key, size in slots.sizes()]
             self._gone = np.concatenate([np.zeros(1, dtype=bool), *parts])
         return self._gone[ids]
+
+
+def _axes_in(call: Call, x: Tensor, other: Tensor) -> list[int]:
+    """Axes of the first operand that the axes of another, or of a result, stand for; none where that is not plain."""
+    if x.dim() == other.dim():
+        return list(range(x.dim()))
+    if call.name in NORMS:
+        start = 1 if "batch_norm" in call.name or "group_norm" in call.name else x.dim() - other.dim()
+        return list(range(start, start + other.dim())) if 0 < other.dim() < x.dim() else []
+    rest = [axis for axis in range(x.dim()) if axis not in axes_of(call, x)]  # a reduction
+    return rest if len(rest) == other.dim() else []
