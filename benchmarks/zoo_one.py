@@ -37,8 +37,9 @@ import pipeline
 from benchmarks.measuring import peak_memory
 from benchmarks.zoo_list import Architecture, architectures
 from pipeline.models.graph import Frozen, Graph
+from pipeline.pruning.bench import randomise_
 from pipeline.pruning.plan import planned
-from pipeline.pruning.trials import random_subsets, randomise_
+from pipeline.pruning.trials import random_subsets
 from pipeline.pruning.verify import compare, output_tensors, verify
 
 NUM_ROWS = 2

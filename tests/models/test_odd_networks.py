@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.graph import Graph
+from pipeline.pruning.bench import randomise_
 from pipeline.pruning.plan import planned
+from pipeline.pruning.reference import mask
 from pipeline.pruning.surgery import cut
-from pipeline.pruning.trials import mask, random_subsets, randomise_, trace
+from pipeline.pruning.trials import random_subsets, trace
 from pipeline.pruning.verify import compare, output_tensors, verify
 from tests.models.odd_networks import ODD, Odd
 

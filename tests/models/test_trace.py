@@ -12,10 +12,11 @@ from torch.nn import functional as F
 
 from pipeline.models.graph import Graph
 from pipeline.models.trace import RULES, propagate, rule
+from pipeline.pruning.bench import randomise_
 from pipeline.pruning.plan import planned
 from pipeline.pruning.reference import mask
 from pipeline.pruning.surgery import cut
-from pipeline.pruning.trials import random_subsets, randomise_, trace
+from pipeline.pruning.trials import random_subsets, trace
 from tests.graphs import Residual, residual_graph
 from tests.pruning.networks import mixed, mixed_graph
 

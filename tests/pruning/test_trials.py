@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from pipeline.models.graph import Frozen, Graph, Group, Member, Site, Size
 from pipeline.pruning import trials
+from pipeline.pruning.bench import Bench, Failure, StackFrame
 from pipeline.pruning.plan import planned
 from pipeline.pruning.surgery import named_tensors
-from pipeline.pruning.trials import Bench, Failure, StackFrame, needed, random_subsets, try_cuts
+from pipeline.pruning.trials import needed, random_subsets, try_cuts
 from tests.graphs import Residual, chain, index, residual_graph
 from tests.pruning.networks import INPUT_SHAPE, mixed, mixed_graph
 

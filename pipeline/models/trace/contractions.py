@@ -164,6 +164,45 @@ def embedding(trace: Trace, call: Call) -> None:
         trace.put(out, Label(axes, table.note))
 
 
+@rule(
+    "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_attention_math", "aten::_scaled_dot_product_fused_attention_overrideable",
+    "aten::_scaled_dot_product_attention_math_for_mps",
+    kind="contract",
+)  # fmt: skip
+def attention(trace: Trace, call: Call) -> None:
+    """q, k [..., L or S, E], v [..., S, F]: heads are batch axes; within a head channels of q meet those of k."""
+    q, k, v = call["query"], call["key"], call["value"]
+    bias = next((call.get(name) for name in ("attn_mask", "attn_bias") if call.get(name) is not None), None)
+    labels = [trace.label(tensor) for tensor in (q, k, v)]
+    if all(label is None for label in labels):
+        return
+    out, last = call.outputs[0], q.dim() - 1
+    if any(label is not None and last in label.axes for label in labels[:2]):
+        trace.meet()
+        reached = trace.join_along(call, [(q, last), (k, last)])
+        if reached is not None and call.get("scale") is None:
+            trace.freeze(reached, call, "the scale of attention depends on how many channels a head has")
+        elif reached is not None:
+            trace.end(call, reached)
+    axes = {}
+    for axis in range(last - 1):
+        ids = trace.join_along(call, [(t, axis - q.dim() + t.dim()) for t in (q, k, v, bias) if t is not None])
+        if ids is not None:
+            axes[axis] = ids
+    for label in labels[1:]:
+        if label is not None and last - 1 in label.axes:
+            trace.freeze(label.axes[last - 1], call, "attention sums over these positions")
+    if labels[0] is not None and last - 1 in labels[0].axes:
+        axes[last - 1] = labels[0].axes[last - 1]
+    if labels[2] is not None and last in labels[2].axes:
+        trace.meet()
+        axes[last] = labels[2].axes[last]
+    note = next((label.note for label in labels if label and label.note), None)
+    trace.put(out, Label(axes, note))
+
+
 # --- the two sides of a weight ----------------------------------------------------------------------------------------
 
 

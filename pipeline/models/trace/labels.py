@@ -39,7 +39,7 @@ class Label:
     note: Reason | None = None
     """Why there are no channels along the other axes, where an operation has lost them."""
     source: str | None = None
-    """The parameter or buffer that the value is, perhaps moved about or scaled, with all its elements."""
+    """The parameter or buffer that the value is, perhaps moved about, scaled or averaged: nothing else has gone into it."""
 
 
 class Slots:

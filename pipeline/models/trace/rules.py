@@ -81,6 +81,7 @@ def same(trace: Trace, call: Call) -> None:
     kind="move",
 )  # fmt: skip
 def move(trace: Trace, call: Call) -> None:
+    """The operation itself runs on the labels."""
     trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
 
 
@@ -152,7 +153,7 @@ def part(
         dim = call.get(name)
         if dim is not None and dim % call["self"].dim() in label.axes and call.outputs[0].shape != call["self"].shape:
             trace.freeze(label.axes[dim % call["self"].dim()], call, text)
-    trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
+    move(trace, call)
 
 
 @rule("aten::slice", kind="move")
@@ -162,13 +163,13 @@ def slice_(trace: Trace, call: Call) -> None:
     label = trace.label(call["self"])
     ids = label.axes.get(call["dim"] % call["self"].dim()) if label else None
     if ids is None:
-        trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
+        move(trace, call)
         return
     start, stop, step = slice(call["start"], call["end"], call["step"]).indices(len(ids))
     if step != 1 or not (states_slice(trace, ids, start, stop) or _tie_parts(trace, call, ids, start, stop)):
         part(trace, call)
     else:
-        trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
+        move(trace, call)
 
 
 def _tie_parts(trace: Trace, call: Call, ids: Ids, start: int, stop: int) -> bool:
@@ -176,9 +177,7 @@ def _tie_parts(trace: Trace, call: Call, ids: Ids, start: int, stop: int) -> boo
     length = stop - start
     if length <= 0 or len(ids) % length or start % length:
         return False
-    parts = ids.reshape(-1, length)
-    for other in parts[1:]:
-        trace.unite(parts[0], other, call)
+    tie_rows(trace, call, ids.reshape(-1, length))
     return True
 
 
@@ -208,16 +207,14 @@ def split(trace: Trace, call: Call) -> None:
     ids = None if label is None else label.axes.get(call["dim"] % call["self"].dim())
     python, parts = trace.python, call.outputs
     if ids is None or python is None or len(parts) == 1:
-        trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
+        move(trace, call)
         return
     listed = call.name.endswith("with_sizes")
     if listed and python.name == "split" and all(python.resolves(trace, (1, i)) for i in range(len(parts))):
-        trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
+        move(trace, call)
     elif len({piece.shape for piece in parts}) == 1:
-        rows = ids.reshape(len(parts), -1)
-        for row in rows[1:]:
-            trace.unite(rows[0], row, call)
-        trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
+        tie_rows(trace, call, ids.reshape(len(parts), -1))
+        move(trace, call)
     else:
         part(trace, call)
 
@@ -239,7 +236,7 @@ def picked(trace: Trace, call: Call) -> None:
         for axis in chosen:
             if axis in label.axes:
                 trace.freeze(label.axes[axis], call, "channels are picked by their position, which an index states")
-        trace.move(call, lambda plane: call.func(plane, *call.args[1:], **call.kwargs))
+        move(trace, call)
 
 
 @rule("aten::glu", kind="tie")
@@ -275,10 +272,7 @@ def pixel_shuffle(trace: Trace, call: Call) -> None:
     axis, r = call["self"].dim() - 3, call["upscale_factor"]
     axes = without_space(trace, call, label, 2)
     if axis in axes:
-        block = axes[axis].reshape(-1, r * r)
-        for column in block.T[1:]:
-            trace.unite(block[:, 0], column, call)
-        axes[axis] = block[:, 0].copy()
+        axes[axis] = tie_rows(trace, call, axes[axis].reshape(-1, r * r).T)
     trace.put(call.outputs[0], Label(axes, label.note))
 
 
@@ -312,10 +306,7 @@ def col2im(trace: Trace, call: Call) -> None:
         return
     axes = without_space(trace, call, label, 1)
     if x.dim() - 2 in axes:
-        windows = axes[x.dim() - 2].reshape(-1, math.prod(call["kernel_size"]))
-        for column in windows.T[1:]:
-            trace.unite(windows[:, 0], column, call)
-        axes[x.dim() - 2] = windows[:, 0].copy()
+        axes[x.dim() - 2] = tie_rows(trace, call, axes[x.dim() - 2].reshape(-1, math.prod(call["kernel_size"])).T)
     trace.put(call.outputs[0], Label(axes, label.note))
 
 
@@ -446,6 +437,13 @@ def tied(trace: Trace, call: Call, plane: Tensor) -> Tensor:
     if trace.python is not None:
         trace.python.tied |= {*varying} - {free}
     return first.expand(plane.shape)
+
+
+def tie_rows(trace: Trace, call: Call, rows: Ids) -> Ids:
+    """The same position in each row goes together; the first row, which stands for them."""
+    for row in rows[1:]:
+        trace.unite(rows[0], row, call)
+    return rows[0].copy()
 
 
 def flat(plane: Tensor) -> Ids:

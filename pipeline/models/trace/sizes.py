@@ -271,15 +271,14 @@ def _shape(trace: Trace, call: PythonCall, output: Tensor) -> Iterator[tuple[Pat
     label, first = trace.label(output), SHAPED[call.name]
     if label is None or len(call.args) <= first:
         return
-    start = call.args[1] % call.args[0].dim() if call.name == "unflatten" and isinstance(call.args[1], int) else 0
-    nested = isinstance(call.args[first], tuple | list)
-    sizes = call.args[first] if nested else call.args[first:]
-    for i, size in enumerate(sizes):
-        ids = label.axes.get(start + i)
-        if ids is None and start + i in call.tied and size != -1:
+    nested, sizes = isinstance(call.args[first], tuple | list), call.stated_shape()
+    start = len(sizes) - len(call.args[first] if nested else call.args[first:])
+    for axis, size in enumerate(sizes):
+        ids = label.axes.get(axis)
+        if ids is None and axis in call.tied and size != -1:
             ids = np.zeros(size, dtype=np.int64)  # the width of a head stays, whatever the code works it out from
         if ids is not None and isinstance(size, int) and size == len(ids):
-            yield ((first, i) if nested else (first + i,)), ids, False
+            yield ((first, axis - start) if nested else (first + axis - start,)), ids, False
 
 
 def _split(trace: Trace, call: PythonCall, parts: list[Tensor]) -> Iterator[tuple[Path, Ids, bool]]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pipeline.models.trace.labels import Label
+from pipeline.models.trace.rules import tie_rows
 from pipeline.models.trace.table import Call, rule
 
 if TYPE_CHECKING:
@@ -93,45 +94,6 @@ def weight_norm(trace: Trace, call: Call) -> None:
         trace.put(norm, Label({dim: channels} if channels is not None else {}, label.note))
 
 
-@rule(
-    "aten::_scaled_dot_product_flash_attention_for_cpu", "aten::_scaled_dot_product_flash_attention",
-    "aten::_scaled_dot_product_efficient_attention", "aten::_scaled_dot_product_cudnn_attention",
-    "aten::_scaled_dot_product_attention_math", "aten::_scaled_dot_product_fused_attention_overrideable",
-    "aten::_scaled_dot_product_attention_math_for_mps",
-    kind="contract",
-)  # fmt: skip
-def attention(trace: Trace, call: Call) -> None:
-    """q, k [..., L or S, E], v [..., S, F]: heads are batch axes; within a head channels of q meet those of k."""
-    q, k, v = call["query"], call["key"], call["value"]
-    bias = next((call.get(name) for name in ("attn_mask", "attn_bias") if call.get(name) is not None), None)
-    labels = [trace.label(tensor) for tensor in (q, k, v)]
-    if all(label is None for label in labels):
-        return
-    out, last = call.outputs[0], q.dim() - 1
-    if any(label is not None and last in label.axes for label in labels[:2]):
-        trace.meet()
-        reached = trace.join_along(call, [(q, last), (k, last)])
-        if reached is not None and call.get("scale") is None:
-            trace.freeze(reached, call, "the scale of attention depends on how many channels a head has")
-        elif reached is not None:
-            trace.end(call, reached)
-    axes = {}
-    for axis in range(last - 1):
-        ids = trace.join_along(call, [(t, axis - q.dim() + t.dim()) for t in (q, k, v, bias) if t is not None])
-        if ids is not None:
-            axes[axis] = ids
-    for label in labels[1:]:
-        if label is not None and last - 1 in label.axes:
-            trace.freeze(label.axes[last - 1], call, "attention sums over these positions")
-    if labels[0] is not None and last - 1 in labels[0].axes:
-        axes[last - 1] = labels[0].axes[last - 1]
-    if labels[2] is not None and last in labels[2].axes:
-        trace.meet()
-        axes[last] = labels[2].axes[last]
-    note = next((label.note for label in labels if label and label.note), None)
-    trace.put(out, Label(axes, note))
-
-
 # --- norms ------------------------------------------------------------------------------------------------------------
 
 
@@ -203,9 +165,7 @@ def group_norm(trace: Trace, call: Call) -> None:
         if num_groups == 1:
             trace.mix()
         else:
-            together = channels.reshape(num_groups, -1)
-            for column in together.T[1:]:
-                trace.unite(together[:, 0], column, call)
+            tie_rows(trace, call, channels.reshape(num_groups, -1).T)
     _normed(trace, call, axes)
 
 
