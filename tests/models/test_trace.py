@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import timm
@@ -581,3 +582,30 @@ def test_a_blur_filter_that_is_no_part_of_the_state_follows_its_channels():
     model, image = timm.create_model("resnetblur18", num_classes=4).eval(), torch.zeros(1, 3, 32, 32)
     graph = propagate(model, image)
     assert {f.operation for f in graph.frozen} == EDGES
+
+
+# --- the table of rules -----------------------------------------------------------------------------------------------
+
+
+def test_the_documentation_lists_every_rule():
+    """`python -m tests.models.test_trace` writes the table anew."""
+    assert rules_table() in DOCUMENT.read_text()
+
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "tracing.md"
+
+
+def rules_table() -> str:
+    """Kind -> operations, as a Markdown table."""
+    kinds: dict[str, list[str]] = {}
+    for name, one in RULES.items():
+        if name.startswith("aten::"):
+            kinds.setdefault(one.kind, []).append(f"`{name.removeprefix('aten::')}`")
+    rows = [f"| {kind} | {', '.join(sorted(names))} |" for kind, names in sorted(kinds.items())]
+    return "\n".join(["| kind | operations |", "|---|---|", *rows])
+
+
+if __name__ == "__main__":
+    before, _, rest = DOCUMENT.read_text().partition("<!-- rules -->")
+    _, _, after = rest.partition("<!-- end of rules -->")
+    DOCUMENT.write_text(f"{before}<!-- rules -->\n{rules_table()}\n<!-- end of rules -->{after}")
