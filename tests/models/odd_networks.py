@@ -1069,6 +1069,7 @@ ODD: dict[str, Odd] = {
     "adaptive maximum pooling": right(images(nn.AdaptiveMaxPool2d(2))),
     "pooling of powers": right(images(nn.LPPool2d(2, 2))),
     "maximum pooling with places": right(images(lambda m, x: F.max_pool2d(x, 2, return_indices=True)[0])),
+    # --- inputs and outputs ---
     "two outputs": right(whole(lambda m, x: (lambda y: (m.b(y), m.c(y)))(m.a(x)), a=conv(3, 12), b=conv(12, 6), c=conv(12, 2)), "a"),
     "a dict of outputs": right(
         whole(lambda m, x: (lambda y: {"mask": m.b(y), "box": [m.c(y.mean((2, 3)))]})(m.a(x)), a=conv(3, 12), b=conv(12, 6), c=nn.Linear(12, 2)), "a"
