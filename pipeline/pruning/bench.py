@@ -79,6 +79,9 @@ class Bench:
         deadline: Deadline | None = None,
     ) -> None:
         self.deadline, self.seed, self.many_macs = deadline, seed, macs > MANY_MACS
+        self.outputs: list[Tensor] = []
+        """Of the dense network."""
+        self._halves: list[tuple[tuple[Tensor, ...], list[Tensor]]] | None = None
         self.training = False
         """Attempts must also run in training mode."""
         problems: list[str] = []
@@ -104,9 +107,10 @@ class Bench:
     def _draw(self, trial: int) -> str:
         """Draw weights and run the dense network; what is wrong with its outputs, or nothing."""
         randomise_(self.model, torch.Generator().manual_seed(self.seed + 1_000_003 * trial))
+        self._halves = None
         try:
             with _calibrating(self.model):
-                outputs = self._run(self.model)
+                outputs = self.outputs = self._run(self.model)
         except Exception as error:
             return _first_line(error)
         finite = outputs and all(bool(t.isfinite().all()) for t in outputs)
@@ -143,26 +147,27 @@ class Bench:
         """Does a plan that removes nothing leave the outputs as they are, also those for images of another size?"""
         if self.deadline:
             self.deadline.check("trying what the code states about sizes")
+        if self._halves is None:
+            self._halves = self._other_sizes()
         small = cut(self.model, plan)
-        for inputs in (self.inputs, *self._other_sizes()):
+        for inputs, outputs in ((self.inputs, self.outputs), *self._halves):
             try:
-                if compare(self._run(small, inputs), self._run(self.model, inputs), rows=1).max_rel > self.tolerance:
+                if compare(self._run(small, inputs), outputs, rows=1).max_rel > self.tolerance:
                     return False
             except Exception:
                 return False
         return True
 
-    def _other_sizes(self) -> list[tuple[Tensor, ...]]:
-        """Inputs of half the height, or length, if the dense network takes them."""
+    def _other_sizes(self) -> list[tuple[tuple[Tensor, ...], list[Tensor]]]:
+        """Inputs of half the height, or length, and what the dense network makes of them, if it takes them."""
         halves = tuple(
             x.narrow(-2, 0, x.shape[-2] // 2) if x.is_floating_point() and x.dim() > 2 and x.shape[-2] > 1 else x
             for x in self.inputs
         )
         try:
-            self._run(self.model, halves)
+            return [(halves, self._run(self.model, halves))]
         except Exception:
             return []
-        return [halves]
 
     @functools.cached_property
     def _trains(self) -> bool:

@@ -96,28 +96,33 @@ def try_cuts(
     bench: Bench | None = None
     passed, trial = 0, 0
     candidates, graph = graph.sizes, replace(graph, sizes=())
+    checked: tuple[Size, ...] = ()  # sizes that are known to leave the dense network as it is
     while passed < num_trials and any(group.size > 1 for group in graph.groups):
         bench = bench or Bench(model, inputs, seed, macs=count(graph, {}).macs, deadline=deadline)
         kept = random_subsets(graph, seed=seed, trial=trial)
         bench.training = passed == num_trials - 1
         failure = bench.attempt(planned(graph, kept))
+        more = needed(model, failure, [size for size in candidates if size not in graph.sizes]) if failure else []
+        if not more and checked != graph.sizes:
+            checked = tuple(_harmless(bench, graph))
+            if checked != graph.sizes:
+                candidates = tuple(size for size in candidates if size in checked or size not in graph.sizes)
+                graph, passed = replace(graph, sizes=checked), 0
+                continue
         if failure is None:
             passed, trial = passed + 1, trial + 1
             bench.draw(trial)
             continue
         passed = 0
-        more = needed(model, failure, [size for size in candidates if size not in graph.sizes])
         if more:
-            harmless = _harmless(bench, graph, more)
-            candidates = tuple(size for size in candidates if size not in more or size in harmless)
-            graph = replace(graph, sizes=(*graph.sizes, *harmless))
+            graph = replace(graph, sizes=(*graph.sizes, *more))
             continue
         guilty = {
             name: _frozen(name, graph.group(name).size, name, failure)
             for name, failure in _guilty(bench, list(kept), _plan_of_groups(graph, kept)).items()
         }
         candidates = tuple(size.without(guilty) for size in candidates)
-        graph, trial = replace(graph.without(guilty), sizes=()), trial + 1
+        graph, checked, trial = replace(graph.without(guilty), sizes=()), (), trial + 1
     return graph
 
 
@@ -175,16 +180,17 @@ def needed(model: nn.Module, failure: Failure, sizes: Sequence[Size]) -> list[Si
     return list(sizes)
 
 
-def _harmless(bench: Bench, graph: Graph, sizes: Sequence[Size]) -> list[Size]:
-    """Those that leave the dense network as it is: what a place states may also depend on the number of rows, or of pixels."""
+def _harmless(bench: Bench, graph: Graph) -> list[Size]:
+    """Sizes of the graph that leave the dense network as it is: what a place states may also depend on the number of rows, or
+    of pixels."""
 
     def passes(tried: Sequence[Size]) -> bool:
-        return bench.keeps_dense(planned(replace(graph, sizes=(*graph.sizes, *tried)), {}))
+        return bench.keeps_dense(planned(replace(graph, sizes=tuple(tried)), {}))
 
-    if passes(sizes):
-        return list(sizes)
+    if passes(graph.sizes):
+        return list(graph.sizes)
     by_place: dict[tuple[Any, ...], list[Size]] = {}
-    for size in sizes:
+    for size in graph.sizes:
         by_place.setdefault((size.functions, size.line, size.column, size.text), []).append(size)
     return [size for same in by_place.values() if passes(same) for size in same]
 
