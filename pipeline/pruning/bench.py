@@ -311,7 +311,8 @@ def _stack_frames(error: Exception) -> Iterator[StackFrame]:
     found: list[StackFrame] = []
     owner: type | None = None
     for frame, line in traceback.walk_tb(error.__traceback__):
-        module = frame.f_locals.get("self")
+        code = frame.f_code
+        module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
         owner = original_class(module) if isinstance(module, nn.Module) else owner
         start, end, *_ = list(frame.f_code.co_positions())[frame.f_lasti // 2]
         first = frame.f_code.co_firstlineno
