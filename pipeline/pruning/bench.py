@@ -137,7 +137,8 @@ class Bench:
         except Exception as error:
             return Failure(f"the masked network stops with {_first_line(error)}", "")
         if difference.max_rel <= self.tolerance:
-            return self._training_failure(small) if self.training and self._trains else None
+            failure = self._training_failure(small) if self.training else None
+            return failure if failure and self._trains else None
         where = self._first_difference(small, masked) if explain else ""
         return Failure(
             f"the cut network differs from the masked one by {difference.max_rel:.2g} of the largest output", where
