@@ -83,15 +83,16 @@ class PythonCall:
         place = self._place(trace) if counted else None
         if place is None:
             return
-        module, functions, node, first = place
+        module, functions, node, first, code = place
         for path, ids, negative in counted:
             found = _argument(node, path, self._is_method(node))
             if found is not None and not (isinstance(found[0], ast.Constant) and not ids.any()):
                 expression, element = found
                 text = ast.unparse(expression)
-                at = (expression.lineno - first, expression.col_offset)
                 own = _own_attribute(expression) or self._factor(trace, module, expression, len(ids))
-                yield Stated(module, functions, *at, text, own, element, tuple(ids.tolist()), negative)
+                for same in _occurrences(code, expression, text):
+                    at = (same.lineno - first, same.col_offset)
+                    yield Stated(module, functions, *at, text, own, element, tuple(ids.tolist()), negative)
 
     def _factor(self, trace: Trace, path: str, expression: ast.expr, size: int) -> str:
         """The attribute in `B * self.num_heads` that is as large as the whole, of one row: the number of rows may change."""
@@ -116,7 +117,7 @@ class PythonCall:
         is_module = isinstance(root, ast.Name) and isinstance(self._frame.f_globals.get(root.id), ModuleType)
         return base is not None and not is_module
 
-    def _place(self, trace: Trace) -> tuple[str, tuple[str, ...], ast.Call | ast.Subscript, int] | None:
+    def _place(self, trace: Trace) -> tuple[str, tuple[str, ...], ast.Call | ast.Subscript, int, CodeType] | None:
         frame: FrameType | None = self._frame
         assert frame is not None
         position = list(frame.f_code.co_positions())[frame.f_lasti // 2]
@@ -134,12 +135,22 @@ class PythonCall:
                 and path is not None
                 and (first := _first_line(original_class(owner), codes))
             ):
-                return path, tuple(code.co_name for code in codes), node, first
+                return path, tuple(code.co_name for code in codes), node, first, codes[-1]
             frame = frame.f_back
         return None
 
 
 COMPREHENSIONS = ("<genexpr>", "<listcomp>", "<dictcomp>", "<setcomp>")
+
+
+def _occurrences(code: CodeType, expression: ast.expr, text: str) -> list[ast.expr]:
+    """The expression, and where the function works the same out again: `q * (C // num_heads) ** -0.5`."""
+    if not isinstance(expression, ast.BinOp):
+        return [expression]
+    tree = _tree(code)
+    return (
+        [node for node in ast.walk(tree) if isinstance(node, ast.BinOp) and ast.unparse(node) == text] if tree else []
+    )
 
 
 def _first_line(cls: type, codes: Sequence[CodeType]) -> int | None:
