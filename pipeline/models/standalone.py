@@ -117,11 +117,7 @@ def _edited(function: Any, edits: list[Any]) -> Any:
     """The function with its own edits (those without further functions), and with edited copies of what it calls."""
     if hasattr(function, "__wrapped__"):
         return _decorated(function, _edited(function.__wrapped__, edits))
-    lines, first = inspect.getsourcelines(function)
-    indented = lines[0][:1].isspace()
-    tree: Any = ast.parse("if True:\n" * indented + "".join(lines))
-    ast.increment_lineno(tree, first - 1 - indented)
-    definition = (tree.body[0].body if indented else tree.body)[0]
+    definition, first = parsed(function)
     definition.decorator_list, definition.returns = [], None
     for node in ast.walk(definition.args):  # names in there may be known to the class alone, or to type checkers
         if isinstance(node, ast.arg):
@@ -144,6 +140,15 @@ def _edited(function: Any, edits: list[Any]) -> Any:
     edited = scope.pop("make")(*(cell.cell_contents for cell in function.__closure__ or ()))
     edited.__defaults__, edited.__kwdefaults__ = function.__defaults__, function.__kwdefaults__
     return edited
+
+
+def parsed(function: Any) -> tuple[Any, int]:
+    """Definition of a function (or of its code), with the lines and columns of its file, and its first line."""
+    lines, first = inspect.getsourcelines(function)
+    indented = lines[0][:1].isspace()
+    tree: Any = ast.parse("if True:\n" * indented + "".join(lines))
+    ast.increment_lineno(tree, first - 1 - indented)
+    return (tree.body[0].body if indented else tree.body)[0], first
 
 
 def _decorated(wrapper: Any, inside: Any) -> Any:

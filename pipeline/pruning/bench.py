@@ -18,6 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pipeline.models.standalone import original_class
 from pipeline.models.trace import Deadline
+from pipeline.models.trace.sizes import owner_of
 from pipeline.pruning.plan import Plan
 from pipeline.pruning.reference import Masked, mask
 from pipeline.pruning.surgery import cut
@@ -312,12 +313,11 @@ def _stack_frames(error: Exception) -> Iterator[StackFrame]:
     found: list[StackFrame] = []
     owner: type | None = None
     for frame, line in traceback.walk_tb(error.__traceback__):
-        code = frame.f_code
-        module = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-        owner = original_class(module) if isinstance(module, nn.Module) else owner
-        start, end, *_ = list(frame.f_code.co_positions())[frame.f_lasti // 2]
-        first = frame.f_code.co_firstlineno
-        found.append(StackFrame(owner, frame.f_code.co_name, (start or line) - first, (end or line) - first))
+        code, module = frame.f_code, owner_of(frame)
+        owner = owner if module is None else original_class(module)
+        start, end, *_ = list(code.co_positions())[frame.f_lasti // 2]
+        first = code.co_firstlineno
+        found.append(StackFrame(owner, code.co_name, (start or line) - first, (end or line) - first))
     return reversed(found)
 
 

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_map_only
 from pipeline.models.calls import Place, in_calls
 from pipeline.models.modes import uncached
 from pipeline.models.trace.labels import Ids, Label, Slots
-from pipeline.models.trace.statistics import axes_of
+from pipeline.models.trace.rules import axes_of
 from pipeline.models.trace.table import RULES, Call, find, tensors_in
 from pipeline.models.trace.tracer import Operations, PythonCalls, Trace, module_stack
 from pipeline.pruning.plan import Plan

@@ -246,9 +246,7 @@ def glu(trace: Trace, call: Call) -> None:
         return
     dim, axes = call["dim"] % call["self"].dim(), dict(label.axes)
     if dim in axes:
-        value, gate = np.split(axes[dim], 2)
-        trace.unite(value, gate, call)
-        axes[dim] = value
+        axes[dim] = tie_rows(trace, call, axes[dim].reshape(2, -1))
     trace.put(call.outputs[0], Label(axes, label.note))
 
 
@@ -266,48 +264,45 @@ def channel_shuffle(trace: Trace, call: Call) -> None:
 @rule("aten::pixel_shuffle", kind="tie")
 def pixel_shuffle(trace: Trace, call: Call) -> None:
     """A channel of the result owns the r * r channels that it is woven from."""
-    label = trace.label(call["self"])
-    if label is None:
-        return
-    axis, r = call["self"].dim() - 3, call["upscale_factor"]
-    axes = without_space(trace, call, label, 2)
-    if axis in axes:
-        axes[axis] = tie_rows(trace, call, axes[axis].reshape(-1, r * r).T)
-    trace.put(call.outputs[0], Label(axes, label.note))
-
-
-@rule("aten::pixel_unshuffle", kind="move")
-def pixel_unshuffle(trace: Trace, call: Call) -> None:
-    """A channel becomes r * r."""
-    label, x = trace.label(call["self"]), call["self"]
-    if label is not None:
-        axes = without_space(trace, call, label, 2)
-        if x.dim() - 3 in axes:
-            axes[x.dim() - 3] = np.repeat(axes[x.dim() - 3], call["downscale_factor"] ** 2)
-        trace.put(call.outputs[0], Label(axes, label.note))
-
-
-@rule("aten::im2col", kind="window")
-def im2col(trace: Trace, call: Call) -> None:
-    """[N, C, H, W] -> [N, C * window, positions]."""
-    label, x = trace.label(call["self"]), call["self"]
-    if label is not None:
-        axes = without_space(trace, call, label, 2)
-        if x.dim() - 3 in axes:
-            axes[x.dim() - 3] = np.repeat(axes[x.dim() - 3], math.prod(call["kernel_size"]))
-        trace.put(call.outputs[0], Label(axes, label.note))
+    _blocks_to_channels(trace, call, 2, call["upscale_factor"] ** 2)
 
 
 @rule("aten::col2im", kind="window")
 def col2im(trace: Trace, call: Call) -> None:
     """[N, C * window, positions] -> [N, C, H, W]: all of a window goes together."""
-    label, x = trace.label(call["self"]), call["self"]
-    if label is None:
-        return
-    axes = without_space(trace, call, label, 1)
-    if x.dim() - 2 in axes:
-        axes[x.dim() - 2] = tie_rows(trace, call, axes[x.dim() - 2].reshape(-1, math.prod(call["kernel_size"])).T)
-    trace.put(call.outputs[0], Label(axes, label.note))
+    _blocks_to_channels(trace, call, 1, math.prod(call["kernel_size"]))
+
+
+@rule("aten::pixel_unshuffle", kind="move")
+def pixel_unshuffle(trace: Trace, call: Call) -> None:
+    """A channel becomes r * r."""
+    _channels_to_blocks(trace, call, 2, call["downscale_factor"] ** 2)
+
+
+@rule("aten::im2col", kind="window")
+def im2col(trace: Trace, call: Call) -> None:
+    """[N, C, H, W] -> [N, C * window, positions]."""
+    _channels_to_blocks(trace, call, 2, math.prod(call["kernel_size"]))
+
+
+def _blocks_to_channels(trace: Trace, call: Call, num_spatial: int, size: int) -> None:
+    """Each `size` consecutive channels, before the spatial axes, become one."""
+    label = trace.label(call["self"])
+    if label is not None:
+        axes, axis = without_space(trace, call, label, num_spatial), call["self"].dim() - 1 - num_spatial
+        if axis in axes:
+            axes[axis] = tie_rows(trace, call, axes[axis].reshape(-1, size).T)
+        trace.put(call.outputs[0], Label(axes, label.note))
+
+
+def _channels_to_blocks(trace: Trace, call: Call, num_spatial: int, size: int) -> None:
+    """Each channel, before the spatial axes, becomes `size` consecutive ones."""
+    label = trace.label(call["self"])
+    if label is not None:
+        axes, axis = without_space(trace, call, label, num_spatial), call["self"].dim() - 1 - num_spatial
+        if axis in axes:
+            axes[axis] = np.repeat(axes[axis], size)
+        trace.put(call.outputs[0], Label(axes, label.note))
 
 
 @rule(
@@ -406,17 +401,21 @@ def reads_values(trace: Trace, call: Call) -> None:
 # --- for rules --------------------------------------------------------------------------------------------------------
 
 
+def axes_of(call: Call, x: Tensor) -> set[int]:
+    """Axes that the operation works along (`dim`, `dims`, `dimension`); all of them if it names none."""
+    given = next((call.get(name) for name in ("dim", "dims", "dimension") if call.get(name) is not None), None)
+    dims = range(x.dim()) if given is None or given == [] else [given] if isinstance(given, int) else given
+    return {dim % x.dim() for dim in dims} if x.dim() else set()
+
+
 def over_axis(trace: Trace, call: Call, text: str) -> None:
     """Operation along the axes `dim` (or `dims`, `dimension`): channels there are frozen, all others pass."""
     x = call.tensors[0]
     label = trace.label(x)
     if label is None:
         return
-    given = next((call[name] for name in ("dim", "dims", "dimension") if call.get(name) is not None), None)
-    dims = range(x.dim()) if given is None or given == [] else [given] if isinstance(given, int) else given
-    for dim in dims:
-        if x.dim() and dim % x.dim() in label.axes:
-            trace.freeze(label.axes[dim % x.dim()], call, text)
+    for axis in axes_of(call, x) & {*label.axes}:
+        trace.freeze(label.axes[axis], call, text)
     for out in call.outputs:
         fits = {axis: ids for axis, ids in label.axes.items() if axis < out.dim() and out.shape[axis] == len(ids)}
         trace.put(out, Label(fits, label.note))

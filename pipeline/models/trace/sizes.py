@@ -20,7 +20,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pipeline.models.standalone import original_class
+from pipeline.models.standalone import original_class, parsed
 from pipeline.models.trace.labels import Ids
 from pipeline.models.trace.table import tensors_in
 
@@ -126,18 +126,20 @@ class PythonCall:
         node = _node(frame.f_code, position[1], position[3])
         codes: list[CodeType] = []
         while frame is not None and node is not None:
-            code = frame.f_code
-            owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
-            codes.insert(0, code)
+            codes.insert(0, frame.f_code)
+            owner = owner_of(frame)
             path = next((f.path for f in reversed(trace.stack) if f.module is owner), None)
-            if (
-                isinstance(owner, nn.Module)
-                and path is not None
-                and (first := _first_line(original_class(owner), codes))
-            ):
+            if owner is not None and path is not None and (first := _first_line(original_class(owner), codes)):
                 return path, tuple(code.co_name for code in codes), node, first, codes[-1]
             frame = frame.f_back
         return None
+
+
+def owner_of(frame: FrameType) -> nn.Module | None:
+    """The module whose method a frame runs: the function's first argument."""
+    code = frame.f_code
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    return first if isinstance(first, nn.Module) else None
 
 
 COMPREHENSIONS = ("<genexpr>", "<listcomp>", "<dictcomp>", "<setcomp>")
@@ -147,10 +149,7 @@ def _occurrences(code: CodeType, expression: ast.expr, text: str) -> list[ast.ex
     """The expression, and where the function works the same out again: `q * (C // num_heads) ** -0.5`."""
     if not isinstance(expression, ast.BinOp):
         return [expression]
-    tree = _tree(code)
-    return (
-        [node for node in ast.walk(tree) if isinstance(node, ast.BinOp) and ast.unparse(node) == text] if tree else []
-    )
+    return [node for node in ast.walk(_tree(code)) if isinstance(node, ast.BinOp) and ast.unparse(node) == text]
 
 
 def _first_line(cls: type, codes: Sequence[CodeType]) -> int | None:
@@ -171,7 +170,7 @@ def _first_line(cls: type, codes: Sequence[CodeType]) -> int | None:
 @lru_cache(maxsize=4096)
 def _node(code: CodeType, end_line: int | None, end_column: int | None) -> ast.Call | ast.Subscript | None:
     """Of all calls and subscriptions in a function, the one that ends here."""
-    for node in ast.walk(_tree(code) or ast.Module([], [])):
+    for node in ast.walk(_tree(code)):
         ends = (getattr(node, "end_lineno", None), getattr(node, "end_col_offset", None)) == (end_line, end_column)
         if ends and isinstance(node, ast.Call | ast.Subscript):
             return node
@@ -179,19 +178,13 @@ def _node(code: CodeType, end_line: int | None, end_column: int | None) -> ast.C
 
 
 @lru_cache(maxsize=512)
-def _tree(code: CodeType) -> ast.Module | None:
-    """The source of a function, with the lines and columns of its file."""
+def _tree(code: CodeType) -> ast.AST:
+    """The source of a function, with the lines and columns of its file; empty if it cannot be had."""
     try:
-        lines, first = inspect.getsourcelines(code)
-    except (OSError, TypeError):
-        return None
-    indented = lines[0][:1].isspace()
-    try:
-        tree = ast.parse("if True:\n" * indented + "".join(lines))
-    except SyntaxError:  # a lambda in the middle of a call
-        return None
-    ast.increment_lineno(tree, first - 1 - indented)
-    return tree
+        definition: ast.AST = parsed(code)[0]
+    except (OSError, TypeError, SyntaxError):  # no file; a lambda in the middle of a call
+        return ast.Module([], [])
+    return definition
 
 
 def _argument(node: ast.Call | ast.Subscript, path: Path, is_method: bool) -> tuple[ast.expr, int | None] | None:
@@ -242,8 +235,9 @@ def _is_number(value: Any) -> bool:
 
 # --- what each function's arguments count -----------------------------------------------------------------------------
 
-CONVOLUTIONS = {f"{kind}{n}d": at for kind, at in (("conv", 6), ("conv_transpose", 6)) for n in (1, 2, 3)}
-"""Convolutions -> the argument that states the groups."""
+CONVOLUTIONS = frozenset(f"{kind}{n}d" for kind in ("conv", "conv_transpose") for n in (1, 2, 3))
+GROUPS = 6
+"""The argument of each of them that states the groups."""
 NORMED = {"layer_norm": 1, "rms_norm": 1}
 """Functions that state the shape over which they normalise -> the argument that does."""
 SHAPED = {"reshape": 1, "view": 1, "expand": 1, "unflatten": 2}
@@ -303,10 +297,9 @@ def _split(trace: Trace, call: PythonCall, parts: list[Tensor]) -> Iterator[tupl
 
 def _groups(call: PythonCall) -> tuple[int | str, int] | None:
     """Where a convolution states its groups, and how many."""
-    position = CONVOLUTIONS[call.name]
     if "groups" in call.kwargs:
         return "groups", call.kwargs["groups"]
-    return (position, call.args[position]) if len(call.args) > position else None
+    return (GROUPS, call.args[GROUPS]) if len(call.args) > GROUPS else None
 
 
 def _narrowed(trace: Trace, call: PythonCall) -> Iterator[tuple[Path, Ids, bool]]:

@@ -8,18 +8,11 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from pipeline.models.trace.labels import Label
-from pipeline.models.trace.rules import tie_rows
+from pipeline.models.trace.rules import axes_of, tie_rows
 from pipeline.models.trace.table import Call, rule
 
 if TYPE_CHECKING:
     from pipeline.models.trace.tracer import Trace
-
-
-def axes_of(call: Call, x: Tensor) -> set[int]:
-    """Axes that the operation works along; all of them if it names none."""
-    given = next((call.get(name) for name in ("dim", "dims") if call.get(name) is not None), None)
-    dims = range(x.dim()) if given is None or given == [] else [given] if isinstance(given, int) else given
-    return {dim % x.dim() for dim in dims} if x.dim() else set()
 
 
 @rule(
