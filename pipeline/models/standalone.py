@@ -172,12 +172,18 @@ class _Numbers(ast.NodeTransformer):
         self.edits = edits
 
     def visit(self, node: Any) -> Any:
+        value = self._taken(node)
+        if value is None:
+            return self.generic_visit(node)
+        for part in ast.walk(node):  # `groups` in `channels // groups`: the whole has its number
+            self._taken(part)
+        return ast.copy_location(ast.Constant(value), node)
+
+    def _taken(self, node: Any) -> int | None:
         at = (getattr(node, "lineno", 0), getattr(node, "col_offset", 0))
-        if isinstance(node, ast.expr) and any(edit[:2] == at for edit in self.edits):
-            value = self.edits.pop((*at, ast.unparse(node)), None)
-            if value is not None:
-                return ast.copy_location(ast.Constant(value), node)
-        return self.generic_visit(node)
+        if not isinstance(node, ast.expr) or all(edit[:2] != at for edit in self.edits):
+            return None
+        return self.edits.pop((*at, ast.unparse(node)), None)
 
 
 # --- attention whose heads need not fill the embedding ----------------------------------------------------------------

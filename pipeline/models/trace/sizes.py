@@ -146,7 +146,13 @@ COMPREHENSIONS = ("<genexpr>", "<listcomp>", "<dictcomp>", "<setcomp>")
 
 
 def _occurrences(code: CodeType, expression: ast.expr, text: str) -> list[ast.expr]:
-    """The expression, and where the function works the same out again: `q * (C // num_heads) ** -0.5`."""
+    """The expression, and where the function says the same again: `q * (C // num_heads) ** -0.5`; `C % groups` of an
+    argument `groups` that keeps its value."""
+    names = [node for node in ast.walk(_tree(code)) if isinstance(node, ast.Name) and node.id == text]
+    if isinstance(expression, ast.Name):
+        argument = text in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        kept = argument and all(isinstance(node.ctx, ast.Load) for node in names)
+        return [*names] if kept else [expression]
     if not isinstance(expression, ast.BinOp):
         return [expression]
     return [node for node in ast.walk(_tree(code)) if isinstance(node, ast.BinOp) and ast.unparse(node) == text]
