@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+
+from torch import Tensor, nn
 
 from pipeline import artifacts
 from pipeline.export import artifact, onnx
@@ -18,9 +20,10 @@ from pipeline.stages.planning import networks
 def check_run(run: Run) -> Iterator[str]:
     """One line for each check. Raises ValueError at the first that fails."""
     summary = artifacts.read_json(run.path("report", "summary.json"))
-    plan = run.plan("ours")
+    plan, weight_masks = run.plan("ours"), run.weight_masks("ours")
     masks = load_masks(run.path("masks.safetensors"))
     found = {"plan": plan.sha256(), "masks": masks_sha256(masks)}
+    found |= {"weight_masks": masks_sha256(weight_masks)} if weight_masks else {}
     for name, sha256 in found.items():
         if summary[name]["sha256"] != sha256:
             raise ValueError(
@@ -30,16 +33,27 @@ def check_run(run: Run) -> Iterator[str]:
     if masks_sha256(channel_masks(plan)) != found["masks"]:
         raise ValueError("masks.safetensors does not hold the masks of plan.json. One of them was changed.")
     yield "masks: those of the plan"
-    dense, images = run.network("dense"), example_images(run, VERIFY_ROWS)
+    parent, images = run.network(run.parent), example_images(run, VERIFY_ROWS)
     for name in networks(run):
-        difference = verify(cut(dense, run.plan(name)), mask(dense, run.plan(name)), images).require()
+        difference = verify(cut(parent, run.plan(name)), mask(parent, run.plan(name)), images).require()
         yield (
             f"cut {name}: equals the masked dense network on {difference.rows} rows "
             f"(max abs {difference.max_abs:.2g}, relative {difference.max_rel:.2g})"
         )
     model = artifact.load(run.path("model"))
     yield f"model: {sum(p.numel() for p in model.parameters()):,} parameters, loads without pickle"
+    if weight_masks:
+        yield f"model: {_num_zeros(model, weight_masks):,} of its weights are masked, and zero"
     for file, check in (("model.onnx", onnx.check_onnx), ("model.pt2", onnx.check_program)):
         path = run.path("model", file)
         if artifacts.exists(path):
             yield f"{file}: equals the model on a row (relative {check(path, model, images[:1]).max_rel:.2g})"
+
+
+def _num_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> int:
+    """Weights that the masks remove. Raises ValueError if the model has others there than zeros."""
+    state = model.state_dict()
+    for name, kept in masks.items():
+        if bool(state[name][~kept].any()):
+            raise ValueError(f"model: {name} has weights where its mask has none. One of them was changed.")
+    return sum(int((~kept).sum()) for kept in masks.values())

@@ -45,6 +45,7 @@ def _as_pattern(value: Any) -> Any:
 IntTuple = Annotated[tuple[int, ...], BeforeValidator(_as_tuple)]
 Floats = Annotated[tuple[float, ...], BeforeValidator(_as_floats)]
 Names = Annotated[tuple[str, ...], BeforeValidator(_as_names), Field(min_length=1)]
+Methods = Annotated[tuple[str, ...], BeforeValidator(_as_names)]
 Controls = Annotated[tuple[Literal["random", "magnitude"], ...], BeforeValidator(_as_names)]
 Pattern = Annotated[str | None, BeforeValidator(_as_pattern)]
 Kinds = Annotated[tuple[Literal["weights", "inputs", "curvature"], ...], BeforeValidator(_as_names)]
@@ -111,6 +112,9 @@ class TrainingConfig(Section):
     """Learning rate at the end of the cosine."""
     warmup_epochs: float = Field(default=0.5, ge=0)
     """Linear warm-up."""
+    rewind_epochs: float | None = Field(default=None, gt=0)
+    """Learning-rate rewinding (Renda et al., ICLR 2020): length of the schedule that the network was trained with, of which `epochs` are the
+    last; `lr`, `min_lr` and `warmup_epochs` are that schedule's. Empty: a schedule of its own."""
     momentum: float = Field(default=0.9, ge=0, lt=1)
     """Momentum of SGD, beta1 of AdamW."""
     weight_decay: float = Field(default=2e-5, ge=0)
@@ -145,14 +149,48 @@ class TrainingConfig(Section):
                 f"batch_size ({self.batch_size}) must be a multiple of num_streams ({self.num_streams}), so that each stream gives "
                 "the same number of rows to a step. Change one of the two."
             )
-        if self.epochs and self.warmup_epochs >= self.epochs:
+        if self.epochs and self.warmup_epochs >= (self.rewind_epochs or self.epochs):
             raise ValueError(
                 f"warmup_epochs ({self.warmup_epochs}) must be less than epochs ({self.epochs}): the cosine comes after the warm-up. "
                 "Lower warmup_epochs or train longer."
             )
+        if self.rewind_epochs is not None and self.rewind_epochs < self.epochs + self.warmup_epochs:
+            raise ValueError(
+                f"rewind_epochs ({self.rewind_epochs}) must be at least epochs ({self.epochs}) and warmup_epochs ({self.warmup_epochs}) together: "
+                "these epochs are the end of that schedule. Raise it, or leave it out."
+            )
         if self.min_lr > self.lr:
             raise ValueError(
                 f"min_lr ({self.min_lr}) must not exceed lr ({self.lr}), the peak. Lower min_lr or raise lr."
+            )
+        return self
+
+
+class SparsifyConfig(TrainingConfig):
+    """Training that drives channels or weights towards zero before they are pruned, or masks weights while it trains."""
+
+    method: Methods = ()
+    """Names in training.policies.METHODS; several act together. Empty: none, and no such training."""
+    strength: Floats = ()
+    """Of each method's penalty, in the order of `method`; empty: the method's own default."""
+    update_every_steps: int = Field(default=20, ge=1)
+    """Steps between two decisions of a mask that changes, or between two rises of a penalty that grows."""
+    settled_after: float = Field(default=0.75, gt=0, le=1)
+    """Share of the training after which masks stay as they are, targets are reached, and penalties no longer grow."""
+    exchange: float = Field(default=0.3, gt=0, lt=1)
+    """`rigl`: fraction of a layer's weights that the first decision drops and grows; falls to 0 along a cosine."""
+    gate_lr: float = Field(default=0.1, gt=0)
+    """`hard_concrete`: learning rate of the gates (Adam)."""
+
+    @model_validator(mode="after")
+    def _has_method(self) -> SparsifyConfig:
+        if bool(self.epochs) != bool(self.method):
+            raise ValueError(
+                f"epochs ({self.epochs}) and method ({', '.join(self.method) or 'none'}) go together. Give both, or neither."
+            )
+        if self.strength and len(self.strength) != len(self.method):
+            raise ValueError(
+                f"strength {list(self.strength)} does not fit method {list(self.method)}: give one number for each, or none at all."
             )
         return self
 
@@ -191,7 +229,7 @@ class BudgetConfig(Section):
     """What must remain."""
 
     params: float | None = None
-    """Fraction of the parameters that remains, between 0 and 1."""
+    """Fraction of the parameters that remains, between 0 and 1; with `masks.pattern` and no `masks.keep`, of those that are not zero."""
     macs: float | None = None
     """Fraction of the multiply-accumulates that remains, between 0 and 1."""
     scope: Literal["auto", "global", "flat", "layer", "isomorphic"] = "auto"
@@ -204,6 +242,11 @@ class BudgetConfig(Section):
     max_blocks: float = Field(default=0.0, ge=0, le=1)
     """Largest fraction of the residual blocks that may be removed whole, as far as they can be (trial cuts decide); 0: none, and none is
     looked for."""
+
+    @property
+    def given(self) -> bool:
+        """Whether anything is to be cut."""
+        return self.params is not None or self.macs is not None
 
     @model_validator(mode="after")
     def _one(self) -> BudgetConfig:
@@ -222,7 +265,7 @@ class BudgetConfig(Section):
 
 
 class MasksConfig(Section):
-    """Masks of single weights of the dense network, from the same statistics: sparse, of the same shape."""
+    """Masks of single weights of the cut network, from the same statistics; the recovery keeps to them."""
 
     pattern: Pattern = None
     """`unstructured`, `N:M` such as 2:4 (N of M consecutive inputs stay), `block:SIZE` (consecutive inputs go together), `input:SIZE` (they go
@@ -230,7 +273,9 @@ class MasksConfig(Section):
     only: str = "*"
     """Weights to mask, as a shell pattern over their names: `*attn.proj.weight`. The others stay whole."""
     keep: float | None = Field(default=None, gt=0, lt=1)
-    """Fraction of the weights that stay; follows from an N:M pattern."""
+    """Fraction of the weights that stay; follows from an N:M pattern, and otherwise from `budget.params` where it is left out."""
+    share: float = Field(default=0.5, gt=0, lt=1)
+    """Where one budget holds for channels and weights: the part of the reduction (in powers of the budget) that falls to weights."""
     criterion: Names = ("snip_abs",)
     """Name in saliency.criteria.CRITERIA with a rule for weights; of several the ranks are fused."""
     criterion_weights: Floats = ()
@@ -308,6 +353,8 @@ class RunConfig(Section):
     data: DataConfig = Field(default_factory=DataConfig)
     train: TrainingConfig = Field(default_factory=TrainingConfig)
     """Training before pruning; off (epochs = 0) for a network that is trained already."""
+    sparsify: SparsifyConfig = Field(default_factory=SparsifyConfig)
+    """Training with penalties, gates or changing masks, between `train` and scoring; off (epochs = 0) by default."""
     score: ScoreConfig = Field(default_factory=ScoreConfig)
     budget: BudgetConfig = Field(default_factory=BudgetConfig)
     masks: MasksConfig = Field(default_factory=MasksConfig)
@@ -324,9 +371,15 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _budget_is_given(self) -> RunConfig:
-        if self.budget.params is None and self.budget.macs is None:
+        if not self.budget.given and self.masks.pattern is None:
             raise ValueError(
-                "budget: give budget.params or budget.macs, the fraction that remains, for example --budget.params 0.5."
+                "budget: give budget.params or budget.macs, the fraction that remains, for example --budget.params 0.5; or "
+                "masks.pattern, to mask weights and cut nothing."
+            )
+        if not self.budget.given and self.budget.max_blocks:
+            raise ValueError(
+                f"budget.max_blocks ({self.budget.max_blocks}) is part of a budget, and there is none: blocks go where something is cut. "
+                "Give budget.params or budget.macs, too, or set it to 0."
             )
         return self
 

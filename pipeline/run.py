@@ -32,6 +32,7 @@ from pipeline.execution.pool import RayPool
 from pipeline.execution.worker import Pass, Task, cpu_model
 from pipeline.models import zoo
 from pipeline.models.graph import Graph
+from pipeline.pruning.masks import load_masks
 from pipeline.pruning.plan import Plan
 from pipeline.pruning.surgery import cut
 from pipeline.report.progress import progress
@@ -200,6 +201,11 @@ class Run:
             **model.kwargs,
         )
 
+    @property
+    def parent(self) -> str:
+        """Name of the weights that scoring, planning and cutting start from: the dense network, or what `sparsify` has made of it."""
+        return "sparse" if self.config.sparsify.epochs else "dense"
+
     def save_network(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Keep weights under RUN/networks."""
         artifacts.write_tensors(self.path("networks", f"{name}.safetensors"), state)
@@ -226,6 +232,12 @@ class Run:
 
     def plan_path(self, name: str) -> str:
         return self.path("plan.json") if name == "ours" else self.path("plans", f"{name}.json")
+
+    def weight_masks(self, name: str) -> dict[str, Tensor]:
+        """Masks of single weights of the network that plan `name` leaves, by parameter, shaped like it; empty without a pattern."""
+        if self.config.masks.pattern is None:
+            return {}
+        return load_masks(self.path("weight_masks", f"{name}.safetensors"))
 
     # --- passes over the data -------------------------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from pipeline.pruning.masks import load_masks, masks_sha256
 from pipeline.report import numbers
 from pipeline.report.html import render
 from pipeline.run import Run
-from pipeline.stages.planning import networks, plan_rules
+from pipeline.stages.planning import mask_rules, networks, plan_rules
 
 
 def write_report(run: Run) -> dict[str, Any]:
@@ -32,6 +32,7 @@ def summarise(run: Run) -> dict[str, Any]:
     return {
         "model": config.model.name,
         "dense": {**_accuracy(before, "dense"), **_costs(run, None), **_latencies(run, "dense")},
+        "sparse": _accuracy(before, "sparse"),
         "pruned": _network(run, before, after, "ours"),
         "controls": {
             name: {**_network(run, before, after, name), "scope": _scope(run, name)}
@@ -42,7 +43,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "plan": _plan(run),
         "masks": {"sha256": _masks_sha256(run)},
         "stability": _stability(run),
-        "weight_masks": _weight_masks(run, before),
+        "weight_masks": _weight_masks(run),
         "verify": _verify(run),
         "frozen": _frozen(run),
         "train": _training(run, "dense", config.train.epochs),
@@ -81,11 +82,22 @@ def _accuracy(evaluation: Any, name: str) -> dict[str, Any]:
 
 
 def _costs(run: Run, name: str | None) -> dict[str, int]:
-    """Of the network that a plan leaves; of the dense one for None."""
+    """Of the network that a plan and its masks leave; of the dense one for None."""
     if not _planned(run):
         return {}
     costs = run.plan("ours").dense if name is None else run.plan(name).kept
-    return {"params": costs.params, "macs": costs.macs}
+    found = {"params": costs.params, "macs": costs.macs}
+    if name is not None and run.config.masks.pattern is None:
+        found["nonzero_params"] = costs.params
+    elif name is not None and (masks := _masks(run, name)):
+        found["nonzero_params"] = masks["nonzero"]
+    return found
+
+
+def _masks(run: Run, name: str) -> dict[str, Any]:
+    """What is told of the weight masks of a network; nothing where there are none, or none yet."""
+    found: dict[str, Any] = (_read(run, "weight_masks.json") or {}).get(name, {})
+    return found
 
 
 def _planned(run: Run) -> bool:
@@ -94,6 +106,9 @@ def _planned(run: Run) -> bool:
 
 
 def _scope(run: Run, name: str) -> str | None:
+    """In which what is removed competes: channels, or single weights where nothing is cut."""
+    if not run.config.budget.given:
+        return _masks(run, name).get("scope")
     return run.plan(name).scope if _planned(run) else None
 
 
@@ -101,12 +116,10 @@ def _plan(run: Run) -> dict[str, Any]:
     if not _planned(run):
         return {}
     plan = run.plan("ours")
-    (measure, fraction), *_ = plan.budget.items()
     return {
         "sha256": plan.sha256(),
         "budget": plan.budget,
-        "budget_text": f"{fraction:.0%} of the {'MACs' if measure == 'macs' else 'parameters'} remain",
-        "scope": plan.scope,
+        "scope": plan.scope if plan.budget else None,
         "groups": [{"name": group.name, "size": group.size, "kept": len(group.kept)} for group in plan.groups],
         "removed_blocks": [block.name for block in plan.blocks],
         "num_blocks": len(run.graph().blocks) if run.config.budget.max_blocks else None,
@@ -129,15 +142,10 @@ def _stability(run: Run) -> dict[str, Any]:
     }
 
 
-def _weight_masks(run: Run, before: Any) -> dict[str, Any]:
-    found = _read(run, "weight_masks.json") or {}
-    keys = ("pattern", "criterion", "scope", "sha256", "kept", "weights")
-    figures = {key: found.get(key) for key in keys}
-    return {
-        **figures,
-        "num_whole": len(found["whole"]) if found else None,
-        "top1": _accuracy(before, "masked")["top1"],
-    }
+def _weight_masks(run: Run) -> dict[str, Any]:
+    found = _masks(run, "ours")
+    figures = {key: found.get(key) for key in ("pattern", "criterion", "scope", "sha256", "kept", "weights")}
+    return {**figures, "num_whole": len(found["whole"]) if found else None}
 
 
 def _frozen(run: Run) -> list[dict[str, Any]]:
@@ -166,8 +174,9 @@ def _saliency(run: Run) -> dict[str, Any]:
     # A resumed pass has computed only what was left: its rate counts that part.
     share = 1 - found["resumed_units"] / found["units"] if found else None
     rate = found["rows"] * share / found["seconds"] if found and share else None
+    deciding = plan_rules(run) if run.config.budget.given else mask_rules(run)
     return {
-        "criterion": plan_rules(run)["ours"].name,
+        "criterion": deciding["ours"].name,
         **values,
         "rows_per_s": rate,
         "skipped": len(found.get("bad_rows", [])),

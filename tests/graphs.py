@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -78,6 +80,18 @@ def residual_graph() -> Graph:
     parameters = tuple(name for name, _ in Residual().named_parameters())
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     return Graph(groups, (), contractions, shapes, parameters, (1, 3, 4, 4))
+
+
+def zeroed(model: nn.Module, graph: Graph, kept: Mapping[str, Sequence[int]]) -> dict[str, Tensor]:
+    """Parameters of the dense network with zeros wherever a removed channel owns an entry."""
+    whole = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    for name, channels in kept.items():
+        gone = torch.ones(graph.group(name).size, dtype=torch.bool)
+        gone[list(channels)] = False
+        for member in graph.group(name).members:
+            if member.tensor in whole:
+                whole[member.tensor].index_fill_(member.dim, member.index_CK[gone].reshape(-1), 0.0)
+    return whole
 
 
 def _norm(name: str, size: int) -> tuple[Member, ...]:

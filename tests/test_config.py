@@ -30,7 +30,9 @@ def test_each_jobs_defaults_come_back_from_yaml(job: str, tmp_path: Path):
 @pytest.mark.parametrize(
     ("values", "words"),
     [
-        ({"budget": {}}, ["budget.params or budget.macs"]),
+        ({"budget": {}}, ["budget.params or budget.macs", "masks.pattern"]),
+        ({"budget": {"max_blocks": 0.3}, "masks": {"pattern": "2:4"}}, ["budget.max_blocks (0.3)", "there is none"]),
+        ({**VALUES, "masks": {"pattern": "2:4", "share": 1.0}}, ["masks.share = 1.0", "less than 1"]),
         (
             {**VALUES, "masks": {"pattern": 124}},
             ["masks.pattern", "YAML makes of a pattern like 2:4", 'pattern: "2:4"'],
@@ -59,6 +61,11 @@ def test_the_command_line_overrides_single_fields_and_one_budget_replaces_the_ot
     parsed = cli.parse(default, ["--budget.macs", "0.7", "--data.image-size", "64", "--score.num-rows", "None"])
     assert (parsed.budget.macs, parsed.budget.params) == (0.7, None)
     assert (parsed.data.image_size, parsed.score.num_rows) == (64, None)
+
+
+def test_weights_can_be_masked_where_nothing_is_cut():
+    parsed = cli.parse(RunConfig(**VALUES), ["--budget.params", "None", "--masks.pattern", "2:4"])
+    assert (parsed.budget.given, parsed.masks.pattern) == (False, "2:4")
 
 
 def test_a_yaml_file_replaces_the_defaults_and_the_command_line_wins(tmp_path: Path):

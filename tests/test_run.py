@@ -88,7 +88,14 @@ def hashes(run: Run) -> tuple[str, str, str]:
 
 
 def until_plan(run: Run) -> None:
-    for stage in (stages.check_early, stages.dense, stages.trace_groups, stages.score, stages.plan):
+    scoring = (stages.score, stages.curvature, stages.plan)
+    for stage in (stages.check_early, stages.dense, stages.trace_groups, *scoring):
+        stage(run)
+
+
+def until_masked(run: Run) -> None:
+    until_plan(run)
+    for stage in (stages.cut_and_verify, stages.mask_weights):
         stage(run)
 
 
@@ -285,16 +292,14 @@ def test_another_budget_and_criterion_take_over_the_statistics(undisturbed: Run,
 def test_one_pass_serves_every_criterion_and_mask(ray_cluster: None, rows: str, tmp_path: Path):
     every = ScoreConfig(rows_per_unit=8, micro_batch=8, statistics=("weights", "inputs", "curvature"), num_rows=64)
     first = Run(config(rows, tmp_path / "first", num_workers=2, score=every, masks=MasksConfig(pattern="2:4")))
-    for stage in (stages.check_early, stages.dense, stages.trace_groups, stages.score, stages.curvature, stages.plan):
-        stage(first)
-    stages.mask_weights(first)
+    until_masked(first)
     first.release_pool()
-    masks = load_masks(first.path("weight_masks.safetensors"))
-    about = artifacts.read_json(first.path("weight_masks.json"))
+    masks = load_masks(first.path("weight_masks", "ours.safetensors"))
+    about = artifacts.read_json(first.path("weight_masks.json"))["ours"]
     assert all(bool((m.unflatten(1, (-1, 4)).sum(2) == 2).all()) for m in masks.values())
     assert about["kept"] * 2 == about["weights"]
     assert "conv1.0.weight" in about["whole"]  # three input channels
-    masked = artifacts.read_tensors(first.path("networks", "masked.safetensors"))
+    masked = artifacts.read_tensors(first.path("networks", "ours-masked.safetensors"))
     assert all(bool((masked[name][~mask] == 0).all()) for name, mask in masks.items())
     found = {}
     for names, pattern, keep in (
@@ -309,20 +314,11 @@ def test_one_pass_serves_every_criterion_and_mask(ray_cluster: None, rows: str, 
         }
         run = Run(config(rows, tmp_path / names[0], **changed))
         stages.branch(first, run)
-        for stage in (
-            stages.check_early,
-            stages.dense,
-            stages.trace_groups,
-            stages.score,
-            stages.curvature,
-            stages.plan,
-        ):
-            stage(run)
-        stages.mask_weights(run)
+        until_masked(run)
         assert run._pool is None  # nobody computed anything
         found[names[0]] = (run.plan("ours").criterion, run.plan("ours").scope)
-        kept = sum(int(mask.sum()) for mask in load_masks(run.path("weight_masks.safetensors")).values())
-        total = artifacts.read_json(run.path("weight_masks.json"))["weights"]
+        kept = sum(int(mask.sum()) for mask in run.weight_masks("ours").values())
+        total = artifacts.read_json(run.path("weight_masks.json"))["ours"]["weights"]
         exact = total * (keep or 0.5)
         assert exact - 4 < kept <= exact
     assert found == {
@@ -330,6 +326,31 @@ def test_one_pass_serves_every_criterion_and_mask(ray_cluster: None, rows: str, 
         "grasp": ("grasp", "global"),
         "activation_variance": ("activation_variance", "layer"),
     }
+
+
+@pytest.mark.parametrize("budget", [{"params": 0.25}, {}])
+def test_a_masked_run_keeps_its_zeros_to_the_end_and_tells_them(
+    ray_cluster: None, rows: str, tmp_path: Path, budget: dict[str, float]
+):
+    masks = MasksConfig(pattern="unstructured", scope="global", keep=None if budget else 0.25)
+    run = Run(config(rows, tmp_path, budget=BudgetConfig(**budget), masks=masks))
+    stages.run_all(run)
+    run.release_pool()
+    summary = write_report(run)
+    assert summary["saliency"]["criterion"] == ("taylor" if budget else "snip_abs")
+    assert summary["weight_masks"]["sha256"] == artifacts.read_json(run.path("weight_masks.json"))["ours"]["sha256"]
+    for name, told in (("ours", summary["pruned"]), *summary["controls"].items()):
+        state = artifacts.read_tensors(run.path("networks", f"{name}-calibrated.safetensors"))
+        removed = {key: ~mask for key, mask in run.weight_masks(name).items()}
+        assert not any(bool(state[key][mask].any()) for key, mask in removed.items())
+        assert told["nonzero_params"] == told["params"] - sum(int(mask.sum()) for mask in removed.values())
+        assert told["params"] < summary["dense"]["params"] if budget else told["params"] == summary["dense"]["params"]
+    if budget:
+        assert summary["pruned"]["nonzero_params"] == summary["dense"]["params"] // 4
+    told = artifacts.read_json(run.path("model", "architecture.json"))["extra"]["weight_masks"]
+    assert told["nonzero"] == summary["pruned"]["nonzero_params"]
+    assert any("of its weights are masked, and zero" in line for line in check_run(run))
+    assert "non-zero parameters" in Path(run.path("report", "report.html")).read_text()
 
 
 def test_the_report_says_how_the_plan_settles(undisturbed: Run):
@@ -440,7 +461,7 @@ def test_movement_is_collected_while_the_dense_network_is_trained(ray_cluster: N
     ("changes", "words"),
     [
         ({"masks": MasksConfig(pattern="2:3:4")}, "pattern '2:3:4' is unknown"),
-        ({"masks": MasksConfig(pattern="unstructured")}, "keep"),
+        ({"masks": MasksConfig(pattern="unstructured")}, r"budget.macs \(0.5\) needs masks.keep"),
         ({"masks": MasksConfig(pattern="2:4", criterion="taylor")}, "'taylor' has no rule for weights"),
         ({"score": ScoreConfig(criterion=("taylor", "tailor"))}, "'tailor' is unknown"),
         (

@@ -12,6 +12,7 @@ DESCRIPTIONS = {
     "pruning_commits": "commits that workers have written",
     "pruning_training_loss": "mean training loss since the last record",
     "pruning_training_rows_per_second": "rows per second of training since the last record",
+    "pruning_training_zero_fraction": "part of the weights that are zero or masked, in training with penalties, gates or masks",
 }
 
 _made: dict[str, Any] = {}

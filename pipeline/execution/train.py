@@ -14,7 +14,7 @@ import signal
 import tempfile
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -33,9 +33,10 @@ from pipeline import artifacts
 from pipeline.execution import metrics
 from pipeline.execution.pool import is_fatal
 from pipeline.training.loop import Batches, OnProgress, Record, TrainResult, train
+from pipeline.training.policy import MakePolicy
 from pipeline.training.settings import TrainSettings
 
-FINAL, MOVEMENT, METRICS = "final.safetensors", "movement.safetensors", "metrics.jsonl"
+FINAL, STATISTICS, METRICS = "final.safetensors", "statistics.safetensors", "metrics.jsonl"
 REPORT_EVERY_S = 2.0  # Ray's controller takes one report per worker every two seconds; more would make training wait
 COLLECTIVE_TIMEOUT_S = 600
 START_FAILURES = 3  # worker groups that may fail to start; Ray's default would try for ever
@@ -61,6 +62,7 @@ class _Job:
     teacher: nn.Module | None
     make_batches: MakeBatches
     settings: TrainSettings
+    policies: Sequence[MakePolicy]
     steps_per_epoch: int
     fingerprint: str
     directory: str
@@ -74,6 +76,7 @@ def fit(
     settings: TrainSettings,
     *,
     steps_per_epoch: int,
+    policies: Sequence[MakePolicy] = (),
     fingerprint: str,
     directory: str,
     num_workers: int,
@@ -87,7 +90,7 @@ def fit(
     There it leaves step-*.pt (checkpoints), metrics.jsonl (the history, for people and plots) and final.safetensors.
 
     Args:
-        model, teacher, settings, steps_per_epoch, fingerprint: see `training.loop.train`.
+        model, teacher, settings, steps_per_epoch, policies, fingerprint: see `training.loop.train`.
         make_batches: gives each worker its share of the data.
         directory: of this training; local path or URI, shared by all nodes.
         num_workers: each with one GPU (`use_gpu`) and `threads` CPUs, which must be free: close other workers before.
@@ -100,7 +103,9 @@ def fit(
         TrainingDiverged, StaleArtifact, and whatever the workers themselves raise.
     """
     directory = artifacts.absolute(directory)
-    job = ray.put(_Job(model, teacher, make_batches, settings, steps_per_epoch, fingerprint, directory, threads))
+    job = ray.put(
+        _Job(model, teacher, make_batches, settings, policies, steps_per_epoch, fingerprint, directory, threads)
+    )
     resources = {"CPU": threads, "GPU": 1} if use_gpu else {"CPU": threads}
     with tempfile.TemporaryDirectory(prefix="ray-train-") as scratch, _environment(), _watched(directory, on_progress):
         # Type checkers see Train V1 behind `ray.train`; what runs is V2.
@@ -126,8 +131,8 @@ def fit(
         except TrainingFailedError as error:
             raise _clear_error(error, directory, num_workers, resources) from error
     weights = safetensors.torch.load(artifacts.read_bytes(artifacts.join(directory, FINAL)))
-    movement = artifacts.read_tensors(artifacts.join(directory, MOVEMENT))
-    return TrainResult(weights, answer["history"], answer["resumed_from"], movement)
+    statistics = artifacts.read_tensors(artifacts.join(directory, STATISTICS))
+    return TrainResult(weights, answer["history"], answer["resumed_from"], statistics)
 
 
 # --- in a worker ------------------------------------------------------------------------------------------------------
@@ -147,6 +152,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
             job.make_batches(rank, world_size),
             job.settings,
             steps_per_epoch=job.steps_per_epoch,
+            policies=job.policies,
             rank=rank,
             world_size=world_size,
             device=ray.train.torch.get_device(),
@@ -160,7 +166,7 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
     if rank == 0:
         reporter.write(result.history)
         data = safetensors.torch.save(result.state_dict, metadata={"fingerprint": job.fingerprint})
-        artifacts.write_tensors(artifacts.join(job.directory, MOVEMENT), result.movement)
+        artifacts.write_tensors(artifacts.join(job.directory, STATISTICS), result.statistics)
         artifacts.write_bytes(artifacts.join(job.directory, FINAL), data)
     return {"history": result.history, "resumed_from": result.resumed_from}
 
@@ -184,9 +190,11 @@ class _Reporter:
                 logging.getLogger(__name__).warning("metrics are not written: %s", error)
             metrics.gauge("pruning_training_loss", record["loss"])
             metrics.gauge("pruning_training_rows_per_second", record["rows_per_s"])
+            if "zeros" in record:
+                metrics.gauge("pruning_training_zero_fraction", record["zeros"])
         if seconds - self.reported >= REPORT_EVERY_S:
             self.reported = seconds
-            ray.train.report(record)
+            ray.train.report({name: value for name, value in record.items() if name != "layers"})
 
     def write(self, history: Any) -> None:
         artifacts.write_bytes(self.path, "".join(json.dumps(record) + "\n" for record in history).encode())

@@ -3,6 +3,8 @@
     OUT/model.safetensors    the weights            OUT/README.md   a model card
     OUT/architecture.json    factory, what changed  OUT/load.py     rebuilds it without this package
 
+A tensor with many zeros is stored without them (export/packing.py) and comes back bit for bit.
+
 What changed is found by comparison with the dense network that the factory builds: the shapes of tensors, and the plain
 attributes of modules. So a network that was cut several times is stored like one that was cut once, and a factory that
 builds something else is found when the artifact is written, not when it is needed.
@@ -30,12 +32,15 @@ from torch import Tensor, nn
 
 from pipeline import artifacts
 from pipeline.export import card
+from pipeline.export.packing import num_bytes, packed
 from pipeline.models import standalone
 from pipeline.pruning.plan import Plan
 from pipeline.pruning.surgery import named_tensors
 from pipeline.pruning.verify import CutMismatch, verify
 
-FORMAT = "pruned-network/2"
+FORMAT = "pruned-network/3"
+READABLE = (FORMAT, "pruned-network/2")
+"""The former has no tensors that were taken apart."""
 WEIGHTS, ARCHITECTURE, README, LOADER = "model.safetensors", "architecture.json", "README.md", "load.py"
 
 
@@ -78,8 +83,11 @@ def save(
         factory_kwargs = {**inferred, **(factory_kwargs or {})}
     kwargs = _offline(factory, dict(factory_kwargs or {}))
     spec = _spec(model, plan, factory, kwargs, dict(extra or {}), input_size or _input_size(model), normalisation or {})
-    weights = dump_tensors(_stored_tensors(model, spec))
+    tensors = _stored_tensors(model, spec)
+    stored, spec["sparse"] = packed(tensors)
+    weights = dump_tensors(stored)
     spec["weights_sha256"] = hashlib.sha256(weights).hexdigest()
+    spec["bytes"] = {"stored": len(weights), "dense": num_bytes(tensors)}
     _check_rebuilt(model, spec, load_tensors(weights))
     target = str(path)
     files = {
@@ -338,7 +346,7 @@ def architecture(path: str | Path) -> dict[str, Any]:
         raise ArtifactError(
             f"{path}/{ARCHITECTURE} is no JSON ({error}). Copy or export the artifact again."
         ) from error
-    if not isinstance(spec, dict) or spec.get("format") != FORMAT:
+    if not isinstance(spec, dict) or spec.get("format") not in READABLE:
         found = spec.get("format") if isinstance(spec, dict) else type(spec).__name__
         raise ArtifactError(f"{path}/{ARCHITECTURE} has format {found!r}, this version reads {FORMAT!r}.")
     needed = {"factory", "factory_kwargs", "shapes", "attributes", "functions", "tied", "buffers", "weights_sha256"}

@@ -34,6 +34,8 @@ def render(spec: Mapping[str, Any], *, name: str) -> str:
             "|---|---:|---:|---:|",
             *rows,
             "",
+            _size(spec),
+            "",
             f"- factory: `{spec['factory']}` with `{json.dumps(spec['factory_kwargs'])}`",
             *[f"- {key}: {_value(value)}" for key, value in spec["normalisation"].items()],
             f"- plan: `{plan['sha256']}`; criterion {plan['criterion'] or 'not named'}, "
@@ -42,6 +44,17 @@ def render(spec: Mapping[str, Any], *, name: str) -> str:
             *[f"- {key}: {_value(value)}" for key, value in spec["extra"].items()],
             "",
         ]
+    )
+
+
+def _size(spec: Mapping[str, Any]) -> str:
+    stored, dense, count = spec["bytes"]["stored"], spec["bytes"]["dense"], len(spec["sparse"])
+    if not count:
+        return f"The weights take {stored:,} bytes."
+    apart = "1 tensor is stored without its zeros" if count == 1 else f"{count} tensors are stored without their zeros"
+    return (
+        f"The weights take {stored:,} bytes instead of {dense:,}: {apart}. Loading restores every bit. Such zeros make the "
+        "file smaller; a dense runtime gains no time from them."
     )
 
 

@@ -27,6 +27,7 @@ def build(factory: str, kwargs: dict[str, Any]) -> nn.Module:
 
 def rebuild(spec: dict[str, Any], tensors: dict[str, Tensor], model: nn.Module) -> nn.Module:
     remove_(model, spec.get("removed", []))
+    tensors = unpacked(tensors, spec.get("sparse", {}))
     dense = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     sources, names = {name: name for name in tensors} | spec["tied"], [*model.state_dict(), *spec["buffers"]]
     shapes = {name: list(tensors[source].shape) for name, source in sources.items()}
@@ -51,6 +52,25 @@ def load(directory: str | Path = Path(__file__).parent) -> nn.Module:
     return rebuild(
         spec, load_file(Path(directory, "model.safetensors")), build(spec["factory"], spec["factory_kwargs"])
     )
+
+
+# --- tensors that are stored without their zeros ----------------------------------------------------------------------
+
+VALUES, PLACES = ":values", ":places"
+"""Endings of their two parts: what is not zero, and a bit for each place that tells whether it is there."""
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes of an element. As integers, values are copied bit for bit, NaN too."""
+
+
+def unpacked(tensors: dict[str, Tensor], shapes: dict[str, list[int]]) -> dict[str, Tensor]:
+    whole = dict(tensors)
+    for name, shape in shapes.items():
+        values, places = whole.pop(name + VALUES), whole.pop(name + PLACES)
+        flat = torch.zeros(torch.Size(shape).numel(), dtype=INTEGERS[values.element_size()])
+        there = ((places[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1).bool().flatten()
+        flat[there[: len(flat)]] = values.view(flat.dtype)
+        whole[name] = flat.view(values.dtype).reshape(shape)
+    return whole
 
 
 # --- residual blocks that are gone ------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import functools
 import math
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pipeline.models.calls import each_module
 from pipeline.models.standalone import original_class
 from pipeline.models.trace import Deadline
 from pipeline.models.trace.sizes import owner_of
@@ -125,13 +126,10 @@ class Bench:
             small = cut(self.model, plan)
         except ValueError as error:
             return Failure(_first_line(error), "")
-        stack: list[str] = []
-        with _module_stack(small, stack):
-            try:
-                ours = self._run(small)
-            except Exception as error:
-                frames = tuple(_stack_frames(error))
-                return Failure(f"the cut network stops with {_first_line(error)}", _place(stack, error), frames)
+        try:
+            ours = self._run(small)
+        except Exception as error:
+            return _stopped(small, error, "the cut network stops with")
         masked = mask(self.model, plan)
         try:
             difference = compare(ours, self._run(masked), rows=1)
@@ -151,14 +149,14 @@ class Bench:
             self.deadline.check("trying what the code states about sizes")
         if self._halves is None:
             self._halves = self._other_sizes()
-        small = cut(self.model, plan)
-        for inputs, outputs in ((self.inputs, self.outputs), *self._halves):
-            try:
-                if compare(self._run(small, inputs), outputs, rows=1).max_rel > self.tolerance:
-                    return False
-            except Exception:
-                return False
-        return True
+        try:
+            small = cut(self.model, plan)
+            return all(
+                compare(self._run(small, inputs), outputs, rows=1).max_rel <= self.tolerance
+                for inputs, outputs in ((self.inputs, self.outputs), *self._halves)
+            )
+        except Exception:  # a method that cannot be copied, or code that stops
+            return False
 
     def _other_sizes(self) -> list[tuple[tuple[Tensor, ...], list[Tensor]]]:
         """Inputs of half the height, or length, and what the dense network makes of them, if it takes them."""
@@ -178,13 +176,10 @@ class Bench:
 
     def _training_failure(self, model: nn.Module) -> Failure | None:
         """What stops the network in training mode, in which it may run other code; it is worth nothing afterwards."""
-        stack: list[str] = []
-        with _module_stack(model.train(), stack):
-            try:
-                self._run(model)
-            except Exception as error:
-                text = f"in training mode the cut network stops with {_first_line(error)}"
-                return Failure(text, _place(stack, error), tuple(_stack_frames(error)))
+        try:
+            self._run(model.train())
+        except Exception as error:
+            return _stopped(model, error, "in training mode the cut network stops with")
         return None
 
     @torch.no_grad()
@@ -209,21 +204,13 @@ class Bench:
         found: list[tuple[tuple[str, int], Tensor]] = []
         calls: dict[str, int] = {}
 
-        def keep(name: str) -> Callable[[nn.Module, object, object], None]:
-            def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-                calls[name] = calls.get(name, -1) + 1
-                if isinstance(output, Tensor) and output.is_floating_point():
-                    found.append(((name, calls[name]), output.clone()))
+        def keep(name: str, output: object) -> None:
+            calls[name] = calls.get(name, -1) + 1
+            if name and isinstance(output, Tensor) and output.is_floating_point():
+                found.append(((name, calls[name]), output.clone()))
 
-            return hook
-
-        network = model.model if isinstance(model, Masked) else model
-        handles = [module.register_forward_hook(keep(name)) for name, module in network.named_modules() if name]
-        try:
+        with each_module(model.model if isinstance(model, Masked) else model, lambda *_: None, keep):
             self._run(model)
-        finally:
-            for handle in handles:
-                handle.remove()
         return found
 
 
@@ -288,24 +275,8 @@ def _calibrating(model: nn.Module) -> Iterator[None]:
 # --- where something happened -----------------------------------------------------------------------------------------
 
 
-@contextmanager
-def _module_stack(model: nn.Module, stack: list[str]) -> Iterator[None]:
-    """Inside, `stack` holds the names of the modules that are running; after an exception, of those it went through."""
-
-    def enter(name: str) -> Callable[[nn.Module, object], None]:
-        return lambda _module, _inputs: stack.append(name)
-
-    def leave(_module: nn.Module, _inputs: object, _output: object) -> None:
-        stack.pop()
-
-    handles = []
-    for name, module in model.named_modules():
-        handles += [module.register_forward_pre_hook(enter(name)), module.register_forward_hook(leave)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _stopped(model: nn.Module, error: Exception, text: str) -> Failure:
+    return Failure(f"{text} {_first_line(error)}", _place(model, error), tuple(_stack_frames(error)))
 
 
 def _stack_frames(error: Exception) -> Iterator[StackFrame]:
@@ -321,13 +292,16 @@ def _stack_frames(error: Exception) -> Iterator[StackFrame]:
     return reversed(found)
 
 
-def _place(stack: list[str], error: Exception) -> str:
+def _place(model: nn.Module, error: Exception) -> str:
     """ "layer1.0 (resnet.py:244)": the innermost module, and the last line outside torch itself."""
+    names = {id(module): name for name, module in model.named_modules()}
+    owners = [id(owner_of(frame)) for frame, _ in traceback.walk_tb(error.__traceback__)]
+    module = [names[owner] for owner in owners if owner in names][-1:]
     library = f"{Path(torch.__file__).parent}{os.sep}"
     frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith(library)]
     frames = [f for f in frames if f.filename != __file__]
     line = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
-    return f"{stack[-1] if stack else ''}{line}".strip()
+    return f"{''.join(module)}{line}".strip()
 
 
 def _first_line(error: Exception) -> str:

@@ -9,7 +9,6 @@ branches of a removed block are zeros where they enter their sum.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
@@ -70,20 +69,14 @@ class Masked(nn.Module):
             trace.put(result, trace.label(branch))
             return result
 
-        modules = dict(self.model.named_modules())
-        calls, handles = in_calls(modules, self._branches, zeros) if self._branches else (nullcontext(), [])
-        try:
-            with (
-                uncached(self.model),
-                module_stack(self.model, trace),
-                calls,
-                PythonCalls(trace, sizes=False),
-                _KeptOnly(trace, self._removed),
-            ):
-                return self.model(*inputs, **named)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with (
+            uncached(self.model),
+            module_stack(self.model, trace),
+            in_calls(self.model, self._branches, zeros),
+            PythonCalls(trace, sizes=False),
+            _KeptOnly(trace, self._removed),
+        ):
+            return self.model(*inputs, **named)
 
 
 class _KeptOnly(Operations):
@@ -208,5 +201,7 @@ def _axes_in(call: Call, x: Tensor, other: Tensor) -> list[int]:
     if call.name in NORMS:
         start = 1 if "batch_norm" in call.name or "group_norm" in call.name else x.dim() - other.dim()
         return list(range(start, start + other.dim())) if 0 < other.dim() < x.dim() else []
+    if call.name == "aten::mv":  # the vector stands for the columns of the matrix, the result for its rows
+        return [0 if any(other is out for out in call.outputs) else 1]
     rest = [axis for axis in range(x.dim()) if axis not in axes_of(call, x)]  # a reduction
     return rest if len(rest) == other.dim() else []

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -24,6 +25,8 @@ from pipeline.pruning.selection import global_masks
 
 ROWS_NUMEL = 1 << 20
 """Scores whose rows are ranked together: bounds the memory that ranking takes, about 20 bytes a score."""
+FINEST = 1 << 60
+"""Fractions are searched in steps of one over this: finer than one weight of any network."""
 
 
 # --- patterns as data -------------------------------------------------------------------------------------------------
@@ -191,7 +194,14 @@ def _by_rows(score_OIK: Tensor, rule: Callable[[Tensor], Tensor]) -> Tensor:
 # --- masks of a network -----------------------------------------------------------------------------------------------
 
 
-def weight_masks(scores: Mapping[str, Tensor], *, pattern: str, keep: float | None, scope: str) -> dict[str, Tensor]:
+def weight_masks(
+    scores: Mapping[str, Tensor],
+    *,
+    pattern: str,
+    keep: float | None = None,
+    num_keep: int | None = None,
+    scope: str,
+) -> dict[str, Tensor]:
     """The masks of all weights that have a score.
 
     Args:
@@ -201,6 +211,8 @@ def weight_masks(scores: Mapping[str, Tensor], *, pattern: str, keep: float | No
         pattern: as `Pattern.parse` reads it.
         keep: fraction of the weights, or blocks, that stays: above 0, up to 1; times their number and rounded down,
             exactly. N:M has its own, n / m; say that or None.
+        num_keep: in place of `keep`, the most weights that may stay. In scope "global" without structure it is exactly that many; else
+            as many as whole blocks, or one fraction of all layers or rows, allow.
         scope: a name in SCOPES: who competes. In N:M it is always the entries of a group, whatever the scope.
 
     Returns:
@@ -213,17 +225,74 @@ def weight_masks(scores: Mapping[str, Tensor], *, pattern: str, keep: float | No
     parsed = Pattern.parse(pattern)
     if (masks_of := SCOPES.get(scope)) is None:
         raise ValueError(f"scope {scope!r} is unknown; known scopes: {', '.join(SCOPES)}.")
-    fraction = kept_fraction(pattern, keep)
+    assert num_keep is None or parsed.num_keep is None, "N:M says by itself how many weights stay"
+    fraction = kept_fraction(pattern, keep) if num_keep is None else Fraction(1)
     if not scores:
         raise ValueError(f"there are no scores: no weight fits pattern {pattern}, or all were left out.")
     if parsed.num_keep is not None:
         rule = partial(n_of_m, n=parsed.num_keep, m=parsed.unit)
         return {name: _named(name, rule, scores[name]) for name in scores}
-    if parsed == Pattern():
-        return masks_of(scores, fraction)
     blocks = _Blocks(scores, parsed)
-    masks = masks_of(blocks, fraction)
+    entries = scores if parsed == Pattern() else blocks
+    if num_keep is not None and scope == "global" and parsed.all_outputs:
+        entries = dict(entries)  # a block holds its inputs for all outputs: they are few, and of unlike sizes
+        fraction = _global_fraction(entries, blocks.shapes, num_keep)
+    elif num_keep is not None:
+        shapes = {name: scores[name].shape for name in scores}
+        fraction = fraction_within(shapes, pattern=pattern, scope=scope, num_keep=num_keep)
+    masks = masks_of(entries, fraction)
+    if parsed == Pattern():
+        return masks
     return {name: expand_blocks(masks.pop(name), parsed.unit).expand(blocks.shapes[name]).clone() for name in scores}
+
+
+def fraction_within(shapes: Mapping[str, Sequence[int]], *, pattern: str, scope: str, num_keep: int) -> Fraction:
+    """The largest fraction of what competes with which at most `num_keep` weights stay, whatever their scores are.
+
+    Args:
+        shapes: name -> shape of each weight.
+        pattern: not N:M; not input:SIZE in scope "global", whose blocks are of unlike sizes, so that scores decide how many weights stay.
+    """
+    sets = []  # how many sets of this kind, entries that compete in one, weights of an entry
+    for shape in shapes.values():
+        entries, competing = (
+            math.prod(_block_shape(shape, Pattern.parse(pattern))),
+            num_competing(shape, pattern, scope),
+        )
+        sets.append((entries // competing, competing, math.prod(shape) // entries))
+    if scope == "global":
+        sets = [(1, sum(entries for _, entries, _ in sets), sets[0][2])]
+
+    def num_weights(step: int) -> int:
+        return sum(num_sets * (step * entries // FINEST) * weights for num_sets, entries, weights in sets)
+
+    return Fraction(bisect_right(range(FINEST + 1), num_keep, key=num_weights) - 1, FINEST)
+
+
+def _global_fraction(blocks: Mapping[str, Tensor], shapes: Mapping[str, Sequence[int]], num_keep: int) -> Fraction:
+    """The largest fraction of all blocks of which the best hold at most `num_keep` weights."""
+    numel = {name: math.prod(shape) // blocks[name].numel() for name, shape in shapes.items()}
+    total = sum(score.numel() for score in blocks.values())
+
+    def num_weights(num_blocks: int) -> int:
+        return sum(int(mask.sum()) * numel[name] for name, mask in global_masks(blocks, num_blocks).items())
+
+    return Fraction(bisect_right(range(total + 1), num_keep, key=num_weights) - 1, total)
+
+
+def _block_shape(shape: Sequence[int], pattern: Pattern) -> tuple[int, ...]:
+    """Of the scores of blocks that `block_scores` makes of scores of this shape."""
+    if pattern == Pattern():
+        return tuple(shape)
+    num_out, num_in, *kernel = shape
+    if pattern.all_outputs:
+        num_out, kernel = 1, [1] * len(kernel)
+    return (num_out, num_in // pattern.unit, *kernel)
+
+
+def num_competing(shape: Sequence[int], pattern: str, scope: str) -> int:
+    """Weights, or blocks, of one weight that compete: of an output in scope "row", else all of them."""
+    return math.prod(_block_shape(shape, Pattern.parse(pattern))[1 if scope == "row" else 0 :])
 
 
 def kept_fraction(pattern: str, keep: float | None) -> Fraction:

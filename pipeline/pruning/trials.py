@@ -63,9 +63,7 @@ def trace(
     deadline = Deadline.after(time_limit_s)
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
     graph = _propagate(open_attention_(model), inputs, deadline)
-    options: dict[str, Any] = {"seed": seed, "num_trials": num_trials, "deadline": deadline}
-    graph = try_cuts(model, graph, example_inputs, **options)
-    return try_blocks(model, graph, example_inputs, **options) if blocks else graph
+    return try_cuts(model, graph, inputs, seed=seed, num_trials=num_trials, deadline=deadline, blocks=blocks)
 
 
 def _propagate(model: nn.Module, inputs: tuple[Tensor, ...], deadline: Deadline) -> Graph:
@@ -87,9 +85,10 @@ def try_cuts(
     seed: int = 0,
     num_trials: int = 3,
     deadline: Deadline | None = None,
+    blocks: bool = False,
 ) -> Graph:
     """`graph` without the groups that trial cuts find guilty, which stand among the frozen with what went wrong, and with
-    those sizes alone that have to be brought up to date."""
+    those sizes alone that have to be brought up to date; on request with the residual blocks that can go."""
     if num_trials < 1:
         raise ValueError(f"num_trials ({num_trials}) must be at least 1: a graph that was never tried is a guess.")
     inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
@@ -123,27 +122,20 @@ def try_cuts(
         }
         candidates = tuple(size.without(guilty) for size in candidates)
         graph, checked, trial = replace(graph.without(guilty), sizes=()), (), trial + 1
-    return graph
+    if not blocks:
+        return graph
+    bench = bench or Bench(model, inputs, seed, macs=count(graph, {}).macs, deadline=deadline)
+    return _try_blocks(bench, replace(graph, blocks=find_blocks(bench.model, bench.inputs)), num_trials)
 
 
-def try_blocks(
-    model: nn.Module,
-    graph: Graph,
-    example_inputs: Tensor | tuple[Tensor, ...],
-    *,
-    seed: int = 0,
-    num_trials: int = 3,
-    deadline: Deadline | None = None,
-) -> Graph:
-    """`graph`, which has passed its trials, with the residual blocks that can go: all at once, and random halves of them,
-    together with random cuts of the groups. The others stand among the frozen with what went wrong."""
-    inputs = example_inputs if isinstance(example_inputs, tuple) else (example_inputs,)
-    bench = Bench(model, inputs, seed, macs=count(graph, {}).macs, deadline=deadline)
-    graph = replace(graph, blocks=find_blocks(bench.model, bench.inputs))
+def _try_blocks(bench: Bench, graph: Graph, num_trials: int) -> Graph:
+    """`graph`, whose groups have passed their trials, with those of its blocks that can go: all at once, and random halves of
+    them, together with random cuts of the groups. The others stand among the frozen with what went wrong."""
     passed, trial = 0, 0
     while passed < num_trials and graph.blocks:
-        kept = random_subsets(graph, seed=seed, trial=trial)
-        chosen = random_blocks(graph.blocks, seed=seed, trial=trial) if passed else graph.blocks
+        kept = random_subsets(graph, seed=bench.seed, trial=trial)
+        chosen = random_blocks(graph.blocks, seed=bench.seed, trial=trial) if passed else graph.blocks
+        bench.training = passed == num_trials - 1
         trial += 1
         names = [block.name for block in chosen]
         if bench.attempt(planned(graph, kept, removed_blocks=names)) is None:

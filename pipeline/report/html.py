@@ -65,7 +65,7 @@ def render(summary: Mapping[str, Any], *, written: float | None = None) -> str:
             plots.accuracy_against(columns, latencies, f"latency at batch {speed}, ms"),
         ],
         recovered=any(n.after is not None for n in columns[1:]),
-        kept=plots.kept_channels(groups),
+        kept=plots.kept_channels(groups) if full["plan"]["budget"] else [],
         kept_total=(sum(g["kept"] for g in groups), sum(g["size"] for g in groups)),
         curves=training_curves(full),
         settling=plots.curve(
@@ -89,15 +89,16 @@ def render(summary: Mapping[str, Any], *, written: float | None = None) -> str:
 def headline(summary: Summary) -> str:
     """The run in one sentence, without what was not measured; MACs come with a measured time only."""
     dense, ours, batch = summary["dense"], summary["pruned"], _speed_batch(summary)
-    name = summary["model"] or "The network"
+    cost = summary["model"] or "The network"
+    part, nonzero = text.share(ours["params"], dense["params"]), text.share(ours["nonzero_params"], dense["params"])
+    params = f"{nonzero} of its parameters not zero" if _is_masked(summary) else f"{part} of its parameters"
     if batch and text.share(ours["macs"], dense["macs"]):
         faster = text.speedup(ours["latency_ms"][batch], dense["latency_ms"][batch])
-        part = text.share(ours["macs"], dense["macs"])
-        cost = f"{name} with {part} of its MACs runs {faster} as fast at batch {batch}"
-    elif text.share(ours["params"], dense["params"]):
-        cost = f"{name} with {text.share(ours['params'], dense['params'])} of its parameters"
-    else:
-        cost = f"{name}"
+        macs = f"{text.share(ours['macs'], dense['macs'])} of its MACs"
+        remains = f"{macs} and {params}" if _is_masked(summary) else macs
+        cost += f" with {remains} runs {faster} as fast at batch {batch}"
+    elif part:
+        cost += f" with {params}"
     last = networks(summary)[-1]
     if dense["top1"] is None or last.top1 is None:
         return f"{cost}: accuracy not measured"
@@ -133,7 +134,16 @@ def findings(summary: Summary) -> list[str]:
         )
     if onnx_batch_sizes(summary):
         found.append("ONNX Runtime was timed on the CPU, with as many threads as a worker has.")
-    return [*found, *_shortened(summary), *_settled(summary), *_masked(summary)]
+    return [*found, *_sparsified(summary), *_shortened(summary), *_settled(summary), *_masked(summary)]
+
+
+def _sparsified(summary: Summary) -> list[str]:
+    top1, dense = summary["sparse"]["top1"], summary["dense"]["top1"]
+    if top1 is None or dense is None:
+        return []
+    return [
+        f"Before anything was cut, training for sparsity took top-1 from {text.percent(dense)} to {text.percent(top1)}."
+    ]
 
 
 def _shortened(summary: Summary) -> list[str]:
@@ -164,11 +174,14 @@ def _masked(summary: Summary) -> list[str]:
     masks = summary["weight_masks"]
     if masks["kept"] is None:
         return []
-    accuracy = f": top-1 {text.percent(masks['top1'])} without any training" if masks["top1"] is not None else ""
     return [
         f"Masks of single weights ({masks['pattern']}, {masks['criterion']}) keep {text.share(masks['kept'], masks['weights'])} of "
-        f"{text.count(masks['weights'])} weights of the dense network{accuracy}. A dense runtime gains no time from them."
+        f"{text.count(masks['weights'])} weights that the cut leaves. A dense runtime gains no time from them."
     ]
+
+
+def _is_masked(summary: Summary) -> bool:
+    return summary["pruned"]["nonzero_params"] not in (None, summary["pruned"]["params"])
 
 
 def absent(summary: Summary) -> list[str]:
@@ -178,7 +191,7 @@ def absent(summary: Summary) -> list[str]:
         "latency": bool(batch_sizes(summary)),
         "controls": any(n.kind == "control" for n in networks(summary)),
         "saliency": summary["saliency"]["sha256"] is not None,
-        "plan": bool(summary["plan"]["groups"]),
+        "plan": summary["plan"]["sha256"] is not None,
         "check of the cut": summary["verify"]["max_abs_diff"] is not None,
         "recovery": bool(summary["recover"]["history"]),
         "accuracy of each class": bool(plots.measured_classes(summary["per_class"])),
@@ -203,9 +216,10 @@ def key_figures(summary: Summary) -> list[Figure]:
     last, speed = networks(summary)[-1], _speed_batch(summary)
     change = text.points(last.top1, dense["top1"])
     accuracy = "top-1" if last.after is not None else "top-1 before recovery"
+    params = (NONZERO, ours["nonzero_params"]) if _is_masked(summary) else ("parameters", ours["params"])
     return [
         Figure(accuracy, text.percent(last.top1), f"{change} points" if change else ""),
-        _cost_figure("parameters", ours["params"], dense["params"], text.count),
+        _cost_figure(*params, dense["params"], text.count),
         _cost_figure("MACs of one row", ours["macs"], dense["macs"], text.count),
         _cost_figure(
             f"latency, batch {speed}", ours["latency_ms"][speed], dense["latency_ms"][speed], text.milliseconds
@@ -220,7 +234,7 @@ def _cost_figure(name: str, ours: float | None, dense: float | None, shown: Call
     return Figure(name, shown(ours), f"{part} of {shown(dense)}" if part else "")
 
 
-BEFORE, AFTER = "top-1 before recovery", "top-1 after recovery"
+BEFORE, AFTER, NONZERO = "top-1 before recovery", "top-1 after recovery", "non-zero parameters"
 
 
 @dataclass(frozen=True)
@@ -242,8 +256,11 @@ def comparison(summary: Summary) -> list[tuple[str, list[Cell]]]:
         ("top-5", [Cell(text.percent(dense.top5)), *(_accuracy(n.top5, dense.top5) for n in rest)]),
         ("loss", [Cell(text.MISSING if n.loss is None else f"{n.loss:.3f}") for n in columns]),
         ("parameters", [_cost(n, n.params, dense.params, text.count(n.params)) for n in columns]),
-        ("MACs of one row", [_cost(n, n.macs, dense.macs, text.count(n.macs)) for n in columns]),
     ]
+    if _is_masked(summary):
+        left = [dense.params, *(n.nonzero_params for n in rest)]
+        rows.append((NONZERO, [_cost(n, v, dense.params, text.count(v)) for n, v in zip(columns, left, strict=True)]))
+    rows.append(("MACs of one row", [_cost(n, n.macs, dense.macs, text.count(n.macs)) for n in columns]))
     sizes = batch_sizes(summary)
     rows += [(f"latency, batch {size}", _times(columns, [n.latency_ms.get(size) for n in columns])) for size in sizes]
     if not sizes:

@@ -9,13 +9,18 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypedDict, cast
 
 
-class Measured(TypedDict):
-    """One network. Accuracies are fractions of the validation rows, MACs those of one row, latency by batch size."""
+class Accuracy(TypedDict):
+    """Fractions of the validation rows."""
 
     top1: float | None
     top5: float | None
     loss: float | None
     agreement: float | None
+
+
+class Measured(Accuracy):
+    """One network. MACs are those of one row, latency by batch size."""
+
     params: int | None
     macs: int | None
     latency_ms: dict[str, float | None]
@@ -27,6 +32,8 @@ class Pruned(Measured):
     """`top1` and all beside it hold after recovery; without one there is `top1_before_recovery` alone."""
 
     top1_before_recovery: float | None
+    nonzero_params: int | None
+    """Those that no mask of single weights removes; all of them without masks."""
 
 
 class Saliency(TypedDict):
@@ -83,7 +90,7 @@ class Stability(TypedDict):
 
 
 class WeightMasks(TypedDict):
-    """Masks of single weights of the dense network; `weights` is the number of those that were maskable."""
+    """Masks of single weights of the cut network; `weights` is the number of those that were maskable."""
 
     pattern: str | None
     criterion: str | None
@@ -92,7 +99,6 @@ class WeightMasks(TypedDict):
     kept: int | None
     weights: int | None
     num_whole: int | None
-    top1: float | None
 
 
 class Verified(TypedDict):
@@ -151,6 +157,8 @@ class Data(TypedDict):
 class Summary(TypedDict):
     model: str | None
     dense: Measured
+    sparse: Accuracy
+    """What training with penalties or masks made of the dense network, before anything was cut."""
     pruned: Pruned
     controls: dict[str, Pruned]
     saliency: Saliency
@@ -169,19 +177,21 @@ class Summary(TypedDict):
     environment: dict[str, Any]
 
 
-_MEASURED = ("top1", "top5", "loss", "agreement", "params", "macs")
-_PRUNED = ("top1_before_recovery", *_MEASURED)
+_ACCURACY = ("top1", "top5", "loss", "agreement")
+_MEASURED = (*_ACCURACY, "params", "macs")
+_PRUNED = ("top1_before_recovery", *_MEASURED, "nonzero_params")
 _LATENCIES = ("latency_ms", "onnx_latency_ms")
 _PASS = ("commits", "lost_workers", "resumed_units")
 _CONTROLS = ("random", "magnitude")
 _SECTIONS: dict[str, tuple[str, ...]] = {
     "dense": _MEASURED,
+    "sparse": _ACCURACY,
     "pruned": _PRUNED,
     "saliency": ("criterion", "rows", "units", "workers", "sha256", "seconds", "rows_per_s", "skipped", *_PASS),
     "plan": ("sha256", "scope", "num_blocks"),
     "masks": ("sha256",),
     "stability": ("rows", "median_error", "p90_error"),
-    "weight_masks": ("pattern", "criterion", "scope", "sha256", "kept", "weights", "num_whole", "top1"),
+    "weight_masks": ("pattern", "criterion", "scope", "sha256", "kept", "weights", "num_whole"),
     "verify": ("max_abs_diff", "max_rel_diff", "rows"),
     "train": ("epochs", "seconds", "rows_per_s"),
     "recover": ("epochs", "seconds", "rows_per_s"),
@@ -262,6 +272,7 @@ class Network:
     latency_ms: dict[str, float | None]
     onnx_latency_ms: dict[str, float | None]
     scope: str | None = None
+    nonzero_params: int | None = None
 
     @property
     def top1(self) -> float | None:
@@ -283,7 +294,7 @@ def networks(summary: Summary) -> list[Network]:
         _network(
             f"ours ({criterion})" if criterion else "ours",
             "ours",
-            {"scope": summary["plan"]["scope"], **summary["pruned"]},
+            {"scope": summary["plan"]["scope"] or summary["weight_masks"]["scope"], **summary["pruned"]},
         ),
     ]
 
@@ -305,7 +316,7 @@ def _sizes(summary: Summary, key: Literal["latency_ms", "onnx_latency_ms"]) -> l
 
 
 def _network(name: str, kind: str, values: Mapping[str, Any]) -> Network:
-    rest: dict[str, Any] = {key: values.get(key) for key in (*_MEASURED[1:], *_LATENCIES, "scope")}
+    rest: dict[str, Any] = {key: values.get(key) for key in (*_MEASURED[1:], *_LATENCIES, "scope", "nonzero_params")}
     return Network(name, kind, values.get("top1_before_recovery"), values["top1"], **rest)
 
 

@@ -12,11 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.report.html import AFTER, BEFORE, comparison, findings
+from pipeline.report.html import AFTER, BEFORE, NONZERO, comparison, findings
 from pipeline.report.numbers import complete, networks
 from pipeline.report.text import NOT_MEASURED, count, duration
 
-SHORT = {BEFORE: "top-1, cut", AFTER: "top-1, recovered"}
+SHORT = {BEFORE: "top-1, cut", AFTER: "top-1, recovered", NONZERO: "non-zero"}
 
 # Names come from users' networks and paths: they enter tables as Text, since rich reads brackets in a str as markup.
 

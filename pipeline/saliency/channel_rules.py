@@ -134,6 +134,17 @@ def _moments(group: Group, statistics: Mapping[str, Tensor]) -> tuple[Tensor, Te
     return mean_C, (square_C / max(count, 1) - mean_C.square()).clamp(min=0)
 
 
+# --- from training -----------------------------------------------------------------------------------------------------
+
+
+def hard_concrete(graph: Graph, statistics: Mapping[str, Tensor], weights: Mapping[str, Tensor], seed: int) -> Saliency:
+    """Probability that the channel's gate is open, from training with the method hard_concrete.
+
+    Source: Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0 Regularization", ICLR 2018, equation 12.
+    """
+    return {group.name: _of_group(statistics, "gate_open", group.name, group.size) for group in graph.groups}
+
+
 # --- from a rule for weights ---------------------------------------------------------------------------------------------
 
 
@@ -199,7 +210,7 @@ def bn_scale(graph: Graph, statistics: Mapping[str, Tensor], weights: Mapping[st
     """
     saliency = {}
     for group in graph.groups:
-        gammas = [_entries(member, weights).abs().mean(dim=1) for member in group.members if _is_norm(member, graph)]
+        gammas = [_entries(member, weights).abs().mean(dim=1) for member in group.members if is_norm(member, graph)]
         whole_C = torch.full((group.size,), torch.inf, dtype=torch.float64)
         saliency[group.name] = torch.stack(gammas).mean(dim=0) if gammas else whole_C
     if saliency and all(bool(score_C.isinf().all()) for score_C in saliency.values()):
@@ -209,7 +220,7 @@ def bn_scale(graph: Graph, statistics: Mapping[str, Tensor], weights: Mapping[st
     return saliency
 
 
-def _is_norm(member: Member, graph: Graph) -> bool:
+def is_norm(member: Member, graph: Graph) -> bool:
     owner, _, leaf = member.tensor.rpartition(".")
     siblings = (f"{owner}.bias", f"{owner}.running_mean")
     is_vector = len(graph.shapes[member.tensor]) == 1

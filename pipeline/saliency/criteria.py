@@ -85,6 +85,10 @@ CRITERIA: dict[str, Criterion] = {
     "obd": _summed(_loss(weights.obd, "hessian_diag")),
     "grasp": _summed(_loss(weights.grasp, "hessian_grad")),
     "movement": _summed(Rule(weights.movement, ("movement",), "global")),
+    "hard_concrete": Criterion(
+        Rule(channels.hard_concrete, ("gate_open",), "flat", blocks=False),
+        Rule(weights.hard_concrete, ("gate_open",), "global"),
+    ),
     "lamp": Criterion(weights=Rule(weights.lamp, (), "global")),
     "wanda": Criterion(weights=Rule(weights.wanda, ("input_square",), "row")),
 }

@@ -32,7 +32,7 @@ def score(
     """
     rule = criteria.rule("channels", *((criterion,) if isinstance(criterion, str) else criterion))
     needs = {*rule.needs}
-    if missing := needs & {*CURVATURE_KINDS, "movement"}:
+    if missing := needs & {*CURVATURE_KINDS, "movement", "gate_open"}:
         raise ValueError(
             f"criterion '{rule.name}' needs {', '.join(sorted(missing))}, which one pass over batches does not give. Start a run "
             f"with score.criterion={rule.name}, or choose another criterion."

@@ -19,14 +19,13 @@ On request the same pass keeps the gradients of every weight that is multiplied,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.hooks import RemovableHandle
 
 from pipeline.models.calls import Place, in_calls
 from pipeline.models.graph import Branch, Graph, Site
@@ -173,17 +172,12 @@ class GateStatistics:
         views = self._terms_NA.split([*sizes.values()], dim=1) if sizes else ()
         self._terms = dict(zip(sizes, views, strict=True))
         self._tapped, self._inputs = set(), {}
-        handles, calls = self._install()
-        try:
-            with torch.enable_grad(), calls:
-                logits = self.model(images_NCHW)
-                logits = logits.float() if logits.dtype in HALF else logits
-                loss = F.cross_entropy(logits, labels_N, reduction="sum")
-                if loss.requires_grad:
-                    loss.backward()
-        finally:
-            for handle in handles:
-                handle.remove()
+        with torch.enable_grad(), self._watching():
+            logits = self.model(images_NCHW)
+            logits = logits.float() if logits.dtype in HALF else logits
+            loss = F.cross_entropy(logits, labels_N, reduction="sum")
+            if loss.requires_grad:
+                loss.backward()
         return loss.detach()
 
     def _drop_gradients(self) -> None:
@@ -211,8 +205,9 @@ class GateStatistics:
                     "Give the network batch-first inputs, or freeze the group with Graph.without."
                 )
 
-    def _install(self) -> tuple[list[RemovableHandle], AbstractContextManager[Any]]:
-        """One hook per consumer module, whichever groups it reads; a mode for the calls that modules make by themselves."""
+    @contextmanager
+    def _watching(self) -> Iterator[None]:
+        """Inside, one hook per consumer module, whichever groups it reads; a mode for the calls that modules make by themselves."""
         taps: dict[str, list[SiteOf]] = {}
         calls: dict[Place, dict[int, list[SiteOf]]] = {}
         for name, sites in self.graph.gates().items():
@@ -222,16 +217,17 @@ class GateStatistics:
                 else:
                     call, operand, function = site.call
                     calls.setdefault((site.module, call, function), {}).setdefault(operand, []).append((name, i, site))
-        modules = dict(self.model.named_modules())
-        # What runs before the first layer's own hooks counts for the layer around it: `in_calls` installs first.
-        mode, handles = in_calls(modules, calls, self._gated) if calls else (nullcontext(), [])
-        handles += [modules[name].register_forward_pre_hook(self._hook(sites)) for name, sites in taps.items()]
-        if self.inputs:
-            handles += [
-                module.register_forward_pre_hook(_input_hook(name, self._inputs))
-                for name, module in contractions(self.model, self.graph).items()
-            ]
-        return handles, mode
+        handles = []
+        try:
+            with in_calls(self.model, calls, self._gated):
+                for name, own in taps.items():
+                    handles.append(self.model.get_submodule(name).register_forward_pre_hook(self._hook(own)))
+                for name, module in contractions(self.model, self.graph).items() if self.inputs else ():
+                    handles.append(module.register_forward_pre_hook(_input_hook(name, self._inputs)))
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _gated(self, x: Tensor, sites: list[SiteOf]) -> Tensor:
         """x behind a gate that adds its terms to the groups whose channels end here."""
@@ -301,9 +297,9 @@ def _input_hook(name: str, sums: dict[str, Tensor]) -> Callable[[nn.Module, tupl
             other = [dim for dim in range(x.dim()) if dim != axis]
             count = torch.tensor(x.numel() // x.shape[axis], dtype=torch.int64)
             moments = (x.sum(other).double(), x.square().sum(other).double(), count)
-        for kind, value in zip(INPUT_KINDS, moments, strict=True):
-            key = f"{kind}/{name}"
-            sums[key] = sums[key] + value if key in sums else value  # a module may be called twice
+            for kind, value in zip(INPUT_KINDS, moments, strict=True):
+                key = f"{kind}/{name}"
+                sums[key] = sums[key] + value if key in sums else value  # a module may be called twice
 
     return hook
 

@@ -95,6 +95,14 @@ def movement(tensor: str, statistics: Statistics, weights: Weights, seed: int) -
     return statistic(statistics, f"movement/{tensor}").double()
 
 
+def hard_concrete(tensor: str, statistics: Statistics, weights: Weights, seed: int) -> Tensor:
+    """Probability that the weight's gate is open, from training with the method hard_concrete.
+
+    Source: Louizos, Welling, Kingma, "Learning Sparse Neural Networks through L0 Regularization", ICLR 2018, equation 12.
+    """
+    return statistic(statistics, f"gate_open/{tensor}").double()
+
+
 def lamp(tensor: str, statistics: Statistics, weights: Weights, seed: int) -> Tensor:
     """w^2 over the sum of squares of all weights of the layer that are not smaller: comparable between layers.
 

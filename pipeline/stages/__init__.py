@@ -12,15 +12,19 @@ from pipeline.stages.masking import check_masks, mask_weights, require_maskable
 from pipeline.stages.planning import check_blocks, check_stop, kinds_needed, plan
 from pipeline.stages.results import evaluate_after, evaluate_before, export, export_forms, latency, onnx_latency
 from pipeline.stages.scoring import curvature, score, trace_groups
-from pipeline.stages.training import dense, recover, training_order
+from pipeline.stages.training import check_methods, dense, recover, sparsify, training_order
 
 SHARED = {
-    "dense": ["networks/dense.safetensors", "networks/dense-movement.safetensors"],
+    "dense": ["networks/dense.safetensors", "networks/dense-statistics.safetensors"],
     "trace": ["graph.json"],
+    "sparsify": ["networks/sparse.safetensors", "networks/sparse-statistics.safetensors"],
     "score": ["saliency/statistics.safetensors", "saliency/pass.json"],
     "curvature": ["saliency/curvature.safetensors"],
 }
 """What runs with other budgets and criteria have in common, by stage; a file that a run had no need of is left out."""
+
+OF_THE_PARENT = ("sparsify", "score", "curvature")
+"""Of these, what runs have in common only if they cut the same weights: the dense ones, or those that `sparsify` leaves."""
 
 
 def run_all(run: Run) -> None:
@@ -29,11 +33,12 @@ def run_all(run: Run) -> None:
     dense(run)
     trace_groups(run)
     require_maskable(run)
+    sparsify(run)
     score(run)
     curvature(run)
     plan(run)
-    mask_weights(run)
     cut_and_verify(run)
+    mask_weights(run)
     calibrate(run)
     evaluate_before(run)
     recover(run)
@@ -50,6 +55,8 @@ def branch(old: Run, new: Run) -> None:
         record = old.manifest.stages.get(stage)
         if record is None or record.state != "done" or stage in new.manifest.stages:
             continue
+        if stage in OF_THE_PARENT and old.parent != new.parent:
+            continue
         for file in files:
             if artifacts.exists(old.path(file)):
                 artifacts.copy(old.path(file), new.path(file))
@@ -65,13 +72,14 @@ def check_early(run: Run) -> None:
     check_masks(run)
     check_stop(run)
     check_blocks(run)
+    check_methods(run)
     if config.export.onnx:
         onnx.require_packages()
     _ = run.num_classes
     require_same_classes(run.train_rows, run.val_rows)
     Units(run.train_rows.row_groups, config.score.rows_per_unit, config.score.num_rows)
     Units(run.val_rows.row_groups, config.evaluate.batch_size, config.evaluate.num_rows)
-    for training in (config.train, config.recover):
+    for training in (config.train, config.sparsify, config.recover):
         if training.epochs:
             training_order(run, training)
     if not artifacts.exists(run.path("config.yaml")):

@@ -1,9 +1,8 @@
-"""Stages that make the smaller network and prove that it equals the masked one."""
+"""Stages that make the smaller networks, prove that they equal the masked one, and re-estimate their statistics."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Any
 
 from torch import Tensor
 
@@ -14,21 +13,18 @@ from pipeline.pruning.reference import mask
 from pipeline.pruning.surgery import cut
 from pipeline.pruning.verify import verify
 from pipeline.run import Run
-from pipeline.stages.planning import networks
+from pipeline.stages.masking import before_calibration, masks_inputs
+from pipeline.stages.planning import cut_inputs, networks
 from pipeline.training.calibrate import BatchNormStatistics, apply_statistics
 
 VERIFY_ROWS = 16
-
-
-def cut_inputs(run: Run) -> dict[str, Any]:
-    return {"weights": run.weights_sha256("dense"), "plans": {name: run.plan(name).sha256() for name in networks(run)}}
 
 
 def cut_and_verify(run: Run) -> None:
     """RUN/networks/NAME-cut.safetensors, RUN/verify.json: the cut network equals the masked dense one on real rows."""
 
     def work() -> None:
-        network, images = run.network("dense"), example_images(run, VERIFY_ROWS)
+        network, images = run.network(run.parent), example_images(run, VERIFY_ROWS)
         found = {}
         for name in networks(run):
             small = cut(network, run.plan(name))
@@ -55,25 +51,26 @@ def example_images(run: Run, num_rows: int) -> Tensor:
 
 
 def calibrate(run: Run) -> None:
-    """RUN/networks/NAME-calibrated.safetensors: batch-norm statistics of the cut networks, re-estimated on training rows."""
+    """RUN/networks/NAME-calibrated.safetensors: batch-norm statistics of the pruned networks, re-estimated on training rows."""
     settings = run.config.calibrate
     num_rows = min(
         settings.batches * settings.batch_size, run.train_rows.num_rows // settings.batch_size * settings.batch_size
     )
-    plans = cut_inputs(run)
+    made_from = {**cut_inputs(run), **masks_inputs(run)}
     if not num_rows:
 
         def keep() -> None:
             for name in networks(run):
-                run.save_network(f"{name}-calibrated", run.network(f"{name}-cut", plan=name).state_dict())
+                network = run.network(before_calibration(run, name), plan=name)
+                run.save_network(f"{name}-calibrated", network.state_dict())
 
-        run.stage("calibrate", {**plans, "batches": 0}, run.path("networks"), keep)
+        run.stage("calibrate", {**made_from, "batches": 0}, run.path("networks"), keep)
         return
     units = Units(run.train_rows.row_groups, settings.batch_size, num_rows)
-    inputs = run.pass_inputs(run.train_rows, units, settings.batch_size, **plans)
+    inputs = run.pass_inputs(run.train_rows, units, settings.batch_size, **made_from)
 
     def work() -> None:
-        models = {name: run.network(f"{name}-cut", plan=name) for name in networks(run)}
+        models = {name: run.network(before_calibration(run, name), plan=name) for name in networks(run)}
         result = run.data_pass(
             "calibrate",
             BatchNormStatistics(models),

@@ -13,6 +13,8 @@ from pipeline.models.graph import Graph
 from pipeline.pruning import allocation
 from pipeline.pruning.masks import channel_masks, save_masks
 from pipeline.pruning.plan import Budget, Plan
+from pipeline.pruning.plan import planned as plan_of
+from pipeline.pruning.sparsity import Pattern
 from pipeline.pruning.stability import plan_change, rank_correlation, relative_error
 from pipeline.run import Run
 from pipeline.saliency import criteria
@@ -23,6 +25,8 @@ from pipeline.saliency.statistics import INPUT_KINDS, WEIGHT_KINDS, GateStatisti
 
 STORED = {"weights": WEIGHT_KINDS, "inputs": INPUT_KINDS, "curvature": CURVATURE_KINDS}
 """What score.statistics may ask for, by kind."""
+OF_TRAINING = {"movement", "gate_open"}
+"""Kinds that training counts: no pass over the data is needed for them."""
 
 
 def networks(run: Run) -> list[str]:
@@ -37,29 +41,57 @@ def plan_rules(run: Run) -> dict[str, Rule]:
     return {"ours": ours, **{name: criteria.rule("channels", name) for name in run.config.controls.criteria}}
 
 
-def mask_rule(run: Run) -> Rule | None:
-    """The rule of the weight masks, if any are made."""
+def mask_rules(run: Run) -> dict[str, Rule]:
+    """The rule of each network's weight masks; empty where none are made."""
     settings = run.config.masks
     if settings.pattern is None:
-        return None
-    return criteria.rule("weights", *settings.criterion, shares=settings.criterion_weights)
+        return {}
+    ours = criteria.rule("weights", *settings.criterion, shares=settings.criterion_weights)
+    return {"ours": ours, **{name: criteria.rule("weights", name) for name in run.config.controls.criteria}}
 
 
 def kinds_needed(run: Run) -> set[str]:
     """Kinds of statistics that this run's criteria read, and those that it is asked to keep for others."""
-    rules = [*plan_rules(run).values(), mask_rule(run)]
-    kinds = {kind for rule in rules if rule for kind in rule.needs}
+    rules = [*(plan_rules(run).values() if run.config.budget.given else ()), *mask_rules(run).values()]
+    kinds = {kind for rule in rules for kind in rule.needs}
     kinds |= {kind for name in run.config.score.statistics for kind in STORED[name]}
     if "movement" in kinds and not run.config.train.epochs:
         raise ValueError(
             "criterion 'movement' is summed while the dense network is trained: give train.epochs, or choose another criterion."
         )
+    if "gate_open" in kinds and "hard_concrete" not in run.config.sparsify.method:
+        raise ValueError(
+            "criterion 'hard_concrete' reads gates that are trained: give sparsify.method hard_concrete and sparsify.epochs, or choose "
+            "another criterion."
+        )
     return kinds
+
+
+def one_budget(run: Run) -> bool:
+    """Does one budget of parameters hold for channels and weights together?"""
+    pattern, keep = run.config.masks.pattern, run.config.masks.keep
+    if pattern is None or keep is not None or run.config.budget.params is None:
+        return False
+    return Pattern.parse(pattern).num_keep is None
+
+
+def channel_budget(run: Run) -> Budget | None:
+    """What the cut has to meet; None where nothing is cut."""
+    settings = run.config.budget
+    if not settings.given:
+        return None
+    if one_budget(run):
+        assert settings.params is not None
+        # Powers differ in the last digit from machine to machine, plans may not.
+        return Budget(params=round(settings.params ** (1 - run.config.masks.share), 12))
+    return Budget(params=settings.params, macs=settings.macs)
 
 
 def budget_inputs(run: Run) -> dict[str, Any]:
     """The budget as stages are made from it; where no block may go, blocks are no part of it."""
-    return run.config.budget.model_dump(mode="json", exclude=None if run.config.budget.max_blocks else {"max_blocks"})
+    settings, budget = run.config.budget, channel_budget(run)
+    found = settings.model_dump(mode="json", exclude=None if settings.max_blocks else {"max_blocks"})
+    return found | (budget.as_dict() if budget else {})
 
 
 def check_blocks(run: Run) -> None:
@@ -76,7 +108,8 @@ def check_blocks(run: Run) -> None:
 def check_stop(run: Run) -> None:
     """Samples of the rows are kept of channel gates alone: nothing else can be judged, or taken, by a part of the rows."""
     others = kinds_needed(run) - GateStatistics.nested
-    if run.config.score.stop_when_stable is not None and (others or not plan_rules(run)["ours"].needs):
+    judged = run.config.budget.given and plan_rules(run)["ours"].needs
+    if run.config.score.stop_when_stable is not None and (others or not judged):
         raise ValueError(
             f"score.stop_when_stable goes with criteria that read channel gates, such as taylor and fisher, and with nothing else; this run "
             f"reads {', '.join(sorted(others)) or 'no rows'}. Leave it out, or change score.criterion, score.statistics or masks."
@@ -90,26 +123,31 @@ def statistics(run: Run) -> dict[str, Tensor]:
         path = run.path("saliency", f"{name}.safetensors")
         if artifacts.exists(path):
             found = {**artifacts.read_tensors(path), **found}  # the first pass counts the rows
-    path = run.path("networks", "dense-movement.safetensors")
-    if artifacts.exists(path):
-        found |= {f"movement/{name}": value for name, value in artifacts.read_tensors(path).items()}
+    for name in dict.fromkeys(("dense", run.parent)):
+        path = run.path("networks", f"{name}-statistics.safetensors")
+        if artifacts.exists(path):
+            found |= artifacts.read_tensors(path)
     return found
 
 
 def saliency_of(run: Run, rule: Rule, graph: Graph, stored: Mapping[str, Tensor]) -> Saliency:
-    weights = {name: tensor.detach() for name, tensor in run.network("dense").state_dict().items()}
+    weights = {name: tensor.detach() for name, tensor in run.network(run.parent).state_dict().items()}
     saliency: Saliency = rule.fn(graph, stored, weights, run.config.score.seed)
     return saliency
 
 
 def planned(run: Run, graph: Graph, saliency: Saliency, rule: Rule) -> Plan:
-    settings = run.config.budget
+    """What a rule keeps of this saliency; all channels, whatever it is, where there is no budget."""
+    settings, budget = run.config.budget, channel_budget(run)
+    scope = rule.scope if settings.scope == "auto" else settings.scope
+    if budget is None:
+        return plan_of(graph, {}, criterion=rule.name, scope=scope)
     return allocation.plan(
         graph,
         saliency,
-        Budget(params=settings.params, macs=settings.macs),
+        budget,
         criterion=rule.name,
-        scope=rule.scope if settings.scope == "auto" else settings.scope,
+        scope=scope,
         min_keep=settings.min_keep,
         round_to=settings.round_to,
         max_blocks=settings.max_blocks,
@@ -127,8 +165,8 @@ def plan(run: Run) -> None:
     config, graph, rules = run.config, run.graph(), plan_rules(run)
     inputs = {
         "graph": graph.sha256(),
-        "weights": run.weights_sha256("dense"),
-        "saliency": sums_sha256(run, rules["ours"]),
+        "weights": run.weights_sha256(run.parent),
+        "saliency": sums_sha256(run, rules["ours"]) if config.budget.given else [],
         "criteria": {name: rule.name for name, rule in rules.items()},
         "seed": config.score.seed,
         "budget": budget_inputs(run),
@@ -137,13 +175,23 @@ def plan(run: Run) -> None:
     def work() -> None:
         stored = statistics(run)
         for name, rule in rules.items():
-            saliency = saliency_of(run, rule, graph, stored)
+            saliency: Saliency = {}
+            if config.budget.given:
+                saliency = saliency_of(run, rule, graph, stored)
+                artifacts.write_tensors(run.path("saliency", f"{name}.safetensors"), saliency)
             artifacts.write_bytes(run.plan_path(name), planned(run, graph, saliency, rule).to_json().encode())
-            artifacts.write_tensors(run.path("saliency", f"{name}.safetensors"), saliency)
         artifacts.write_json(run.path("saliency", "stability.json"), stability(run, stored))
         save_masks(run.path("masks.safetensors"), channel_masks(run.plan("ours")))
 
     run.stage("plan", inputs, run.path("plan.json"), work)
+
+
+def cut_inputs(run: Run) -> dict[str, Any]:
+    """What the cut networks are made from."""
+    return {
+        "weights": run.weights_sha256(run.parent),
+        "plans": {name: run.plan(name).sha256() for name in networks(run)},
+    }
 
 
 def sums_sha256(run: Run, rule: Rule) -> list[str]:
@@ -159,7 +207,7 @@ def sums_sha256(run: Run, rule: Rule) -> list[str]:
 def stability(run: Run, stored: Mapping[str, Tensor]) -> dict[str, Any]:
     """How the plan settles with the number of rows; empty where the criterion reads what is kept over all rows only."""
     rule, graph = plan_rules(run)["ours"], run.graph()
-    if not rule.needs or not {*rule.needs} <= GateStatistics.nested:
+    if not run.config.budget.given or not rule.needs or not {*rule.needs} <= GateStatistics.nested:
         return {}
     final, saliency = run.plan("ours"), saliency_of(run, rule, graph, stored)
     curve = []

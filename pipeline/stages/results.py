@@ -14,19 +14,16 @@ from pipeline import artifacts
 from pipeline.data.units import Units
 from pipeline.export import artifact, onnx
 from pipeline.run import Run
-from pipeline.stages.cutting import cut_inputs
-from pipeline.stages.planning import networks
+from pipeline.stages.planning import cut_inputs, networks
 from pipeline.stages.training import recovered
 from pipeline.training.evaluate import Evaluation, summarise
 from pipeline.training.latency import measure_latency
 
 
 def evaluate_before(run: Run) -> None:
-    """RUN/evaluation/before.json: the dense network and every cut one before any training."""
-    models: dict[str, tuple[str, str | None]] = {"dense": ("dense", None)}
+    """RUN/evaluation/before.json: the dense network, what it was cut from, and every pruned one before any training."""
+    models: dict[str, tuple[str, str | None]] = {name: (name, None) for name in dict.fromkeys(("dense", run.parent))}
     models |= {name: (f"{name}-calibrated", name) for name in networks(run)}
-    if run.config.masks.pattern is not None:
-        models["masked"] = ("masked", None)
     evaluate(run, "evaluate-before", "before", models)
 
 
@@ -129,7 +126,12 @@ def export(run: Run) -> None:
     weights = final_weights(run)
     plan_ = run.plan("ours")
     accuracy = artifacts.read_json(run.path("evaluation", "after.json" if run.config.recover.epochs else "before.json"))
-    top1 = accuracy["models"]["ours"]["top1"]
+    extra: dict[str, Any] = {"top1": accuracy["models"]["ours"]["top1"]}
+    if run.config.model.classes:
+        extra["classes_of_the_dense_network"] = list(run.config.model.classes)
+    if run.config.masks.pattern is not None:
+        masks = artifacts.read_json(run.path("weight_masks.json"))["ours"]
+        extra["weight_masks"] = {key: masks[key] for key in ("pattern", "criterion", "kept", "weights", "nonzero")}
 
     def work() -> None:
         model = run.config.model
@@ -142,7 +144,7 @@ def export(run: Run) -> None:
             run.path("model"),
             factory=model.name,
             factory_kwargs=kwargs,
-            extra={"top1": top1, **({"classes_of_the_dense_network": list(model.classes)} if model.classes else {})},
+            extra=extra,
             input_size=(3, run.input.size, run.input.size),
             normalisation=normalisation(run),
         )

@@ -17,7 +17,16 @@ from pipeline.pruning.trials import trace
 from pipeline.run import Run
 from pipeline.saliency.curvature import CURVATURE_KINDS, CurvatureStatistics
 from pipeline.saliency.statistics import GateStatistics, at_stride, by_group
-from pipeline.stages.planning import STORED, budget_inputs, kinds_needed, our_plan, plan_rules, planned, statistics
+from pipeline.stages.planning import (
+    OF_TRAINING,
+    STORED,
+    budget_inputs,
+    kinds_needed,
+    our_plan,
+    plan_rules,
+    planned,
+    statistics,
+)
 
 FEWEST_UNITS = 8
 """Of half a sample: with fewer, that a plan does not change says nothing."""
@@ -43,6 +52,8 @@ def trace_groups(run: Run) -> None:
 def require_reachable(run: Run) -> None:
     """A budget below what the floors leave, or a network that cannot be cut at all, shows before hours of scoring."""
     graph = run.graph()
+    if not run.config.budget.given:
+        return
     if not graph.groups and not graph.blocks:
         reasons = "; ".join(f"{f.group}: {f.reason} ({f.operation} in {f.where})" for f in graph.frozen[:3])
         raise ModelError(
@@ -68,7 +79,7 @@ def score(run: Run) -> None:
         run.train_rows,
         units,
         settings.micro_batch,
-        weights=run.weights_sha256("dense"),
+        weights=run.weights_sha256(run.parent),
         graph=graph.sha256(),
         kinds=kinds,
         sample=_sample(run),
@@ -76,7 +87,7 @@ def score(run: Run) -> None:
 
     def work() -> None:
         options = {"weights": "weights" in kinds, "inputs": "inputs" in kinds}
-        task = GateStatistics(run.network("dense"), graph, **options)
+        task = GateStatistics(run.network(run.parent), graph, **options)
         results: list[PassResult] = []
         for stride in _strides(settings.stop_when_stable, len(units)):
             result = run.data_pass(
@@ -105,7 +116,7 @@ def _about(results: list[PassResult]) -> dict[str, Any]:
 def _kinds(run: Run) -> list[str] | None:
     """What the pass stores beside the channel gates; None if it is not needed. What it has stored already may be more."""
     needed = kinds_needed(run)
-    if not needed - {"movement"}:
+    if not needed - OF_TRAINING:
         return None
     kinds = {name for name in ("weights", "inputs") if needed & {*STORED[name]}}
     if needed & {*CURVATURE_KINDS}:
@@ -163,11 +174,11 @@ def curvature(run: Run) -> None:
     units = Units(run.train_rows.row_groups, settings.rows_per_unit, settings.num_rows)
     first = artifacts.read_json(run.path("saliency", "pass.json"))
     inputs = run.pass_inputs(
-        run.train_rows, units, settings.micro_batch, weights=run.weights_sha256("dense"), gradient=first["sha256"]
+        run.train_rows, units, settings.micro_batch, weights=run.weights_sha256(run.parent), gradient=first["sha256"]
     )
 
     def work() -> None:
-        task = CurvatureStatistics(run.network("dense"), graph, statistics(run))
+        task = CurvatureStatistics(run.network(run.parent), graph, statistics(run))
         result = run.data_pass(
             "curvature",
             task,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,10 +13,16 @@ from pipeline.config import TrainingConfig
 from pipeline.data.stream import Augmentation, TrainingOrder, training_loader
 from pipeline.execution.ledger import digest
 from pipeline.execution.train import fit
+from pipeline.pruning import allocation
 from pipeline.report.progress import progress
 from pipeline.run import Run
-from pipeline.stages.planning import kinds_needed, networks
+from pipeline.stages.masking import weight_target
+from pipeline.stages.planning import budget_inputs, channel_budget, kinds_needed, networks, one_budget
+from pipeline.training.dynamic import Masked
 from pipeline.training.loop import TrainResult
+from pipeline.training.penalties import PlanOf
+from pipeline.training.policies import Aim, policies, require_aims
+from pipeline.training.policy import MakePolicy, Movement
 from pipeline.training.settings import TrainSettings
 
 
@@ -35,12 +41,80 @@ def dense(run: Run) -> None:
         if not training.epochs:
             run.save_network("dense", model.state_dict())
             return
-        result = run_training(run, "dense", training, model, teacher=None, movement=movement)
-        if movement:
-            run.save_network("dense-movement", result.movement)
-        run.save_network("dense", result.state_dict)
+        policies = [Movement] if movement else []
+        _keep(run, "dense", run_training(run, "dense", training, model, teacher=None, policies=policies))
 
     run.stage("dense", inputs, run.path("networks", "dense.safetensors"), work)
+
+
+def sparsify(run: Run) -> None:
+    """RUN/networks/sparse.safetensors: trained on with penalties, gates or changing masks, where the configuration says so."""
+    settings = run.config.sparsify
+    if not settings.epochs:
+        return
+    inputs = {
+        **training_inputs(run, settings),
+        "weights": run.weights_sha256("dense"),
+        "graph": run.graph().sha256(),
+        "budget": budget_inputs(run),
+        "masks": run.config.masks.model_dump(mode="json", include={"pattern", "only", "keep", "scope", "share"}),
+    }
+
+    def work() -> None:
+        dense = run.network("dense")
+        teacher = dense if settings.distill_weight else None
+        policies = sparse_policies(run)
+        _keep(run, "sparse", run_training(run, "sparsify", settings, dense, teacher, policies=policies))
+
+    run.stage("sparsify", inputs, run.path("networks", "sparse.safetensors"), work)
+
+
+def sparse_policies(run: Run) -> list[MakePolicy]:
+    """What `sparsify` trains with."""
+    settings = run.config.sparsify
+    return policies(settings.method, settings.strength, _aim(run))
+
+
+def check_methods(run: Run) -> None:
+    """Methods that do not exist, or whose aim the run does not state, show before everything."""
+    settings, masks = run.config.sparsify, run.config.masks
+    keep = run.config.budget.params if one_budget(run) else masks.keep
+    require_aims(settings.method, budget=run.config.budget.given, pattern=masks.pattern, keep=keep)
+
+
+def _aim(run: Run) -> Aim:
+    settings, target = run.config.sparsify, weight_target(run)
+    return Aim(
+        graph=run.graph(),
+        budget=channel_budget(run),
+        min_keep=run.config.budget.min_keep,
+        plan_of=_plan_of(run),
+        names=target.names,
+        pattern=target.pattern,
+        keep=target.keep,
+        scope=target.scope,
+        every=settings.update_every_steps,
+        settled_after=settings.settled_after,
+        exchange=settings.exchange,
+        gate_lr=settings.gate_lr,
+    )
+
+
+def _plan_of(run: Run) -> PlanOf | None:
+    """What the budget leaves by norms of channels; they have no common unit, so every group loses the same part by default."""
+    settings, budget = run.config.budget, channel_budget(run)
+    if budget is None:
+        return None
+    make = partial(allocation.plan, run.graph(), budget=budget, criterion="magnitude_l2")
+    scope = "layer" if settings.scope == "auto" else settings.scope
+    return partial(make, scope=scope, min_keep=settings.min_keep, round_to=settings.round_to)
+
+
+def _keep(run: Run, name: str, result: TrainResult) -> None:
+    """RUN/networks/NAME.safetensors, and NAME-statistics.safetensors if there are any."""
+    if result.statistics:
+        run.save_network(f"{name}-statistics", result.statistics)
+    run.save_network(name, result.state_dict)
 
 
 def recovered(run: Run) -> list[str]:
@@ -61,7 +135,10 @@ def recover(run: Run) -> None:
         def work(name: str = name, stage: str = stage) -> None:
             model = run.network(f"{name}-calibrated", plan=name)
             teacher = run.network("dense") if settings.distill_weight else None
-            run.save_network(f"{name}-recovered", run_training(run, stage, settings, model, teacher).state_dict)
+            masks = run.weight_masks(name)
+            policies = [partial(Masked, masks=masks)] if masks else []
+            result = run_training(run, stage, settings, model, teacher, policies=policies)
+            run.save_network(f"{name}-recovered", result.state_dict)
 
         run.stage(stage, inputs, run.path("networks", f"{name}-recovered.safetensors"), work)
 
@@ -70,9 +147,11 @@ def recover(run: Run) -> None:
 
 
 def training_inputs(run: Run, training: TrainingConfig) -> dict[str, Any]:
-    speed = {"checkpoint_every_steps", "loader_processes"}
+    no_part = {"checkpoint_every_steps", "loader_processes"}
+    if training.rewind_epochs is None:
+        no_part.add("rewind_epochs")
     return {
-        **training.model_dump(mode="json", exclude=speed),
+        **training.model_dump(mode="json", exclude=no_part),
         "rows": run.train_rows.fingerprint,
         "input": vars(run.input),
         "seed": run.config.seed,
@@ -90,7 +169,7 @@ def run_training(
     model: nn.Module,
     teacher: nn.Module | None,
     *,
-    movement: bool = False,
+    policies: Sequence[MakePolicy] = (),
 ) -> TrainResult:
     """Train over the workers with Ray Train, in `stage`; goes on from that stage's newest checkpoint."""
     run.release_pool()
@@ -107,7 +186,6 @@ def run_training(
     settings = TrainSettings(
         epochs=training.epochs,
         seed=config.seed,
-        movement=movement,
         log_every_steps=max(1, min(50, order.steps_per_epoch // 4)),
         **training.model_dump(include=SHARED_SETTINGS),
     )
@@ -135,6 +213,7 @@ def run_training(
             make_batches,
             settings,
             steps_per_epoch=order.steps_per_epoch,
+            policies=policies,
             fingerprint=artifacts.sha256_of({**training_inputs(run, training), "model": digest(model.state_dict())}),
             directory=run.scratch("checkpoints", stage),
             num_workers=num_workers,
@@ -150,6 +229,7 @@ SHARED_SETTINGS = {
     "lr",
     "min_lr",
     "warmup_epochs",
+    "rewind_epochs",
     "momentum",
     "weight_decay",
     "optimizer",

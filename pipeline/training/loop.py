@@ -22,13 +22,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from pipeline.training import checkpoint
+from pipeline.training.policy import MakePolicy, Policies, Training, require_agreement, require_zeros, shares_of_zeros
 from pipeline.training.schedule import build_ema, build_optimizer, build_schedule
 from pipeline.training.settings import TrainSettings
 from pipeline.training.step import Learner, mixed_seed
 
 Record = dict[str, Any]
 """One line of the history: step, epoch, loss (mean since the last line), lr, rows, seconds (of training so far,
-restarts included), rows_per_s."""
+restarts included), rows_per_s. With policies also what they say of themselves, "zeros" (share of the weights that are zero or masked)
+and "layers": weight -> [share of zeros, share of zeros and near zeros]."""
 
 OnProgress = Callable[[Sequence[Record]], None]
 """Called with the history so far, whose last record is new."""
@@ -57,8 +59,8 @@ class TrainResult:
     history: list[Record]
     resumed_from: int
     """Step of the checkpoint that this call went on from; 0 for a fresh start."""
-    movement: dict[str, Tensor] = field(default_factory=dict)
-    """With settings.movement: parameter -> float32 sum over the steps of -w * g, on the CPU. On rank 0; empty on the others."""
+    statistics: dict[str, Tensor] = field(default_factory=dict)
+    """What policies have counted, by "kind/name", on the CPU. On rank 0; empty on the others."""
 
 
 def train(
@@ -68,6 +70,7 @@ def train(
     settings: TrainSettings,
     *,
     steps_per_epoch: int,
+    policies: Sequence[MakePolicy] = (),
     rank: int = 0,
     world_size: int = 1,
     device: torch.device | None = None,
@@ -82,10 +85,11 @@ def train(
         teacher: followed with weight settings.distill_weight, in eval mode and without gradients; is not changed.
         batches: this rank's share of each global batch.
         steps_per_epoch: the same on every rank; `batches` must yield exactly so many.
+        policies: penalties, gates and masks, see `training.policy`.
         rank, world_size: above 1 worker the process group (gloo or nccl) exists already.
         device: CPU by default. Threads are the caller's choice (`torch.set_num_threads`).
         checkpoint_dir: local path or URI that every rank can read; rank 0 writes. None: no checkpoints.
-        fingerprint: of everything that the run is made from besides the settings: model, plan, data.
+        fingerprint: of everything that the run is made from besides the settings: model, plan, data, policies.
         on_progress: called at the same steps on every rank, with the same values.
 
     Raises:
@@ -101,7 +105,7 @@ def train(
     # The caller's random numbers go on as if nothing had been drawn here.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(mixed_seed(settings.seed, rank, 0))
-        run = _Run(learner, settings, steps_per_epoch, rank, checkpoint_dir, identity)
+        run = _Run(learner, settings, steps_per_epoch, policies, rank, checkpoint_dir, identity)
         run.resume()
         for images, labels in run.remaining(batches):
             run.update(images, labels)
@@ -111,8 +115,8 @@ def train(
                     on_progress(run.history)
             if run.at_checkpoint():
                 run.save()
-        movement = {name: value.cpu() for name, value in run.movement.items()}
-        return TrainResult(run.final_state(), run.history, run.resumed_from, movement)
+        statistics = run.policy.statistics() if rank == 0 else {}
+        return TrainResult(run.final_state(), run.history, run.resumed_from, statistics)
 
 
 class _Run:
@@ -123,6 +127,7 @@ class _Run:
         learner: Learner,
         settings: TrainSettings,
         steps_per_epoch: int,
+        policies: Sequence[MakePolicy],
         rank: int,
         checkpoint_dir: str | None,
         identity: dict[str, Any],
@@ -135,21 +140,19 @@ class _Run:
         self.steps_per_epoch, self.num_steps = steps_per_epoch, settings.epochs * steps_per_epoch
         self.checkpoint_dir, self.identity = checkpoint_dir, identity
         self.optimizer = build_optimizer(learner.model, settings)
+        whole = self.num_steps if settings.rewind_epochs is None else round(settings.rewind_epochs * steps_per_epoch)
+        self.first_of_schedule = whole - self.num_steps
         self.schedule = build_schedule(
             self.optimizer,
             lr=settings.lr,
             min_lr=settings.min_lr,
-            num_steps=self.num_steps,
+            num_steps=whole,
             warmup_steps=round(settings.warmup_epochs * steps_per_epoch),
         )
+        training = Training(learner.model, self.optimizer, self.num_steps, rank, learner.world_size, settings.seed)
+        self.policy = Policies([make(training) for make in policies])
         # Only rank 0 averages: it is the one that writes, and the batch-norm statistics are its own.
         self.ema = build_ema(learner.model, settings.ema_decay) if settings.ema_decay > 0 and rank == 0 else None
-        # Gradients are the same on every rank: one of them sums.
-        self.movement = (
-            {name: torch.zeros_like(p, dtype=torch.float32) for name, p in learner.model.named_parameters()}
-            if settings.movement and rank == 0
-            else {}
-        )
         self.step = 0
         self.resumed_from = 0
         self.history: list[Record] = []
@@ -180,23 +183,18 @@ class _Run:
 
     def update(self, images: Tensor, labels: Tensor) -> None:
         """One step of the optimizer on this rank's share of the global batch."""
-        self.schedule.step_update(self.step)
+        self.schedule.step_update(self.first_of_schedule + self.step)
         self.optimizer.zero_grad(set_to_none=True)
+        self.policy.before_forward(self.step)
         self.pending.append(self.learner.backward(images, labels))
-        self._note_movement()
+        self.policy.after_backward(self.step)
         if self.settings.clip_grad_norm is not None:
             nn.utils.clip_grad_norm_(self.learner.model.parameters(), self.settings.clip_grad_norm)
         self.optimizer.step()
+        self.policy.after_update(self.step, self._lr())
         self.step += 1
         if self.ema is not None:
             self.ema.update(self.learner.model, step=self.step)
-
-    @torch.no_grad()
-    def _note_movement(self) -> None:
-        """Source: Sanh, Wolf, Rush, "Movement Pruning", NeurIPS 2020, section 4; the learning rate is left out there, too."""
-        for name, parameter in self.learner.model.named_parameters() if self.movement else ():
-            if parameter.grad is not None:
-                self.movement[name].addcmul_(parameter, parameter.grad, value=-1)
 
     # --- records ------------------------------------------------------------------------------------------------------
 
@@ -228,7 +226,15 @@ class _Run:
             "seconds": seconds,
             "rows_per_s": rows / max(seconds - before, 1e-9),
         }
-        self.history.append(record)
+        self.history.append(record | self._sparsity())
+
+    def _sparsity(self) -> Record:
+        if not self.policy.parts:
+            return {}
+        layers = shares_of_zeros(self.learner.model.named_parameters(), self.policy.masks())
+        numel = {name: p.numel() for name, p in self.learner.model.named_parameters() if name in layers}
+        zeros = sum(share * numel[name] for name, (share, _) in layers.items()) / max(sum(numel.values()), 1)
+        return {**self.policy.figures(), "zeros": zeros, "layers": layers}
 
     def _lr(self) -> float:
         return float(self.optimizer.param_groups[0]["lr"])
@@ -241,7 +247,7 @@ class _Run:
 
     def _diverged(self, what: str, step: int) -> TrainingDiverged:
         epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
-        self.schedule.step_update(step)
+        self.schedule.step_update(self.first_of_schedule + step)
         return TrainingDiverged(
             f"{what} at step {step} (epoch {epoch}, step {step_in_epoch} of {self.steps_per_epoch}), lr {self._lr():g}."
             f" Lower lr (now {self.settings.lr:g}), lengthen warmup_epochs (now {self.settings.warmup_epochs:g}), set "
@@ -260,6 +266,8 @@ class _Run:
         """All ranks take part: each gives its random state, rank 0 writes."""
         assert self.checkpoint_dir is not None
         self._check_finite()
+        self.policy.require_zeros()
+        require_agreement(self.policy.masks(), self.rank, self.world_size)
         random_states: list[Any] = [self.learner.random_state()]
         if self.world_size > 1:
             random_states = [None] * self.world_size
@@ -272,7 +280,7 @@ class _Run:
             "step": self.step,
             "sampler": {"epoch": epoch, "start_step": start_step},
             "model": self.learner.model.state_dict(),
-            "movement": self.movement,
+            "policy": self.policy.state_dict(),
             "ema": None if self.ema is None else self.ema.module.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
@@ -290,8 +298,7 @@ class _Run:
         self.learner.model.load_state_dict(state["model"])
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
-        if self.movement:
-            self.movement = {name: value.to(self.learner.device) for name, value in state["movement"].items()}
+        self.policy.load_state_dict(state["policy"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.history = state["history"]
@@ -323,4 +330,6 @@ class _Run:
         if self.rank != 0:
             return {}
         source = self.learner.model if self.ema is None else self.ema.module
+        self.policy.settle_(source)
+        require_zeros(dict(source.named_parameters()), self.policy.masks())
         return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in source.state_dict().items()}

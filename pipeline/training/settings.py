@@ -25,6 +25,8 @@ class TrainSettings:
     """Where the cosine ends."""
     warmup_epochs: float = 0.0
     """Linear warm-up; may be a fraction of an epoch."""
+    rewind_epochs: float | None = None
+    """Length of a schedule of which these epochs are the last: learning-rate rewinding. None: one of their own."""
     momentum: float = 0.9
     """Nesterov momentum of SGD, beta1 of AdamW."""
     weight_decay: float = 2e-5
@@ -42,8 +44,6 @@ class TrainSettings:
     """Faster on GPUs, and on CPUs above all where convolutions are depthwise."""
     clip_grad_norm: float | None = None
     """Largest global norm of a gradient; None = no limit."""
-    movement: bool = False
-    """Also sum -w * g of every weight over the steps, before each update."""
     seed: int = 0
     """Of dropout and drop path. The order of the rows and their augmentation have their own."""
     checkpoint_every_steps: int = 500
@@ -56,10 +56,15 @@ class TrainSettings:
         for name in ("epochs", "batch_size", "checkpoint_every_steps", "log_every_steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")
-        if not 0 <= self.warmup_epochs < self.epochs:
+        if not 0 <= self.warmup_epochs < (self.rewind_epochs or self.epochs):
             raise ValueError(
                 f"warmup_epochs ({self.warmup_epochs}) must lie between 0 and epochs ({self.epochs}): the cosine comes "
                 "after the warm-up. Lower warmup_epochs or train longer."
+            )
+        if self.rewind_epochs is not None and self.rewind_epochs < self.epochs + self.warmup_epochs:
+            raise ValueError(
+                f"rewind_epochs ({self.rewind_epochs}) must be at least epochs ({self.epochs}) and the warm-up ({self.warmup_epochs}): these "
+                "epochs are the end of that schedule. Raise it, or leave it out."
             )
         if not 0 <= self.min_lr <= self.lr or self.lr == 0:
             raise ValueError(f"min_lr ({self.min_lr}) must lie between 0 and lr ({self.lr}), and lr above 0.")

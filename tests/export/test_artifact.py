@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeline import artifacts
 from pipeline.export import artifact
 from pipeline.export.artifact import ArtifactError, load, save, timm_factory
 from pipeline.models.graph import Graph, Group, Member
+from pipeline.pruning.masks import masked
 from pipeline.pruning.plan import Plan, planned
 from pipeline.pruning.surgery import cut, named_tensors
 from pipeline.pruning.trials import trace
@@ -135,7 +137,7 @@ def test_the_standalone_loader_is_short_and_needs_no_package_of_ours(tmp_path, s
         "ast", "collections", "functools", "importlib", "inspect", "json", "pathlib", "safetensors", "torch", "types",
         "typing",
     }  # fmt: skip
-    assert len(text.splitlines()) <= 260
+    assert len(text.splitlines()) <= 280
 
 
 def test_a_timm_model_needs_no_factory(tmp_path, monkeypatch):
@@ -178,6 +180,51 @@ def test_the_card_has_the_three_lines_and_the_costs(tmp_path, small, plan):
     assert f"| parameters | {plan.dense.params:,} | {plan.kept.params:,} |" in card
     assert plan.sha256() in card
     assert "top1: 0.5" in card
+
+
+def _masked(model: nn.Module, keep: float) -> nn.Module:
+    """Each weight of a convolution keeps this fraction of its values; one of them is -0.0."""
+    weights = {name: t for name, t in model.named_parameters() if t.dim() > 1}
+    generator = torch.Generator().manual_seed(0)
+    sparse = masked(model, {name: torch.rand(t.shape, generator=generator) < keep for name, t in weights.items()})
+    next(sparse.parameters()).data.view(-1)[0] = -0.0
+    return sparse
+
+
+def test_a_masked_network_is_stored_without_its_zeros_and_comes_back_bit_for_bit_in_a_clean_process(tmp_path):
+    dense = timm.create_model("test_resnet", num_classes=5).eval()
+    sparse = _masked(dense, keep=0.1)
+    for name, model in (("dense", dense), ("out", sparse)):
+        save(model, _no_plan(model), tmp_path / name)
+    (spec, size), (plain, dense_size) = (
+        (artifact.architecture(tmp_path / name), (tmp_path / name / "model.safetensors").stat().st_size)
+        for name in ("out", "dense")
+    )
+    assert spec["sparse"]["layer1.0.conv1.weight"] == list(sparse.layer1[0].conv1.weight.shape)
+    num_weights = sum(
+        t.numel() for n, t in sparse.named_parameters() if n in spec["sparse"] and n not in plain["sparse"]
+    )
+    # A little less by the heads of the files, and by chance in what is kept.
+    assert (dense_size - size) / num_weights == pytest.approx(4 - (0.1 * 4 + 1 / 8), rel=0.03)
+    assert spec["bytes"]["stored"] == size
+    assert _same(load(tmp_path / "out"), sparse)
+    _check_in_a_clean_process(tmp_path, sparse, torch.randn(2, 3, 64, 64))
+
+
+def test_the_card_tells_the_size_and_that_zeros_gain_no_time(tmp_path, small, plan):
+    save(small, plan, tmp_path / "out", factory=MIXED)
+    size = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert f"The weights take {size:,} bytes.\n" in (tmp_path / "out" / "README.md").read_text()
+    dense = timm.create_model("test_resnet", num_classes=5).eval()
+    save(_masked(dense, keep=0.1), _no_plan(dense), tmp_path / "sparse")
+    card = (tmp_path / "sparse" / "README.md").read_text()
+    assert re.search(r"bytes instead of [\d,]+: \d+ tensors are stored without their zeros\.", card)
+    assert "a dense runtime gains no time from them" in card
+
+
+def test_an_artifact_of_the_former_format_is_read(saved, small):
+    _edit(saved, format="pruned-network/2", sparse=None, bytes=None)
+    assert _same(load(saved), small)
 
 
 def test_a_network_that_was_cut_twice_is_stored_like_any_other(tmp_path, small):
@@ -410,7 +457,7 @@ def test_another_format_and_missing_parts_are_refused(saved):
     with pytest.raises(ArtifactError, match="lacks tied"):
         load(saved)
     _edit(saved, format="pruned-network/9")
-    with pytest.raises(ArtifactError, match="format 'pruned-network/9', this version reads 'pruned-network/2'"):
+    with pytest.raises(ArtifactError, match="format 'pruned-network/9', this version reads 'pruned-network/3'"):
         load(saved)
 
 

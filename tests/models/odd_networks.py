@@ -14,6 +14,7 @@ source can be found. "unsure" marks a status that is a judgement: both would be 
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -274,6 +275,43 @@ class InPlacePartAdd(Parts):
         return x
 
 
+def group_std(x: Tensor, groups: int, eps: float = 1e-5) -> Tensor:
+    """timm's, in EvoNorm: the number of groups is an argument, which it reads three times."""
+    B, C, H, W = x.shape
+    assert C % groups == 0, groups
+    x = x.reshape(B, groups, C // groups, H, W)
+    return x.var((2, 3, 4), unbiased=False, keepdim=True).add(eps).sqrt().expand(x.shape).reshape(B, C, H, W)
+
+
+@functools.lru_cache(maxsize=0)
+def thirds(x: Tensor) -> Tensor:
+    """What decorates it is no function of Python's, and no copy of it can hold an edited one."""
+    return x[:, :4] + x[:, 4:8] + x[:, 8:]
+
+
+class CachedThirds(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        return thirds(x)
+
+
+class GroupStd(Parts):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x * self.v).sigmoid() / group_std(x, self.groups)
+
+
+class ReboundGroupStd(Parts):
+    """The argument is not what the code says it is later on."""
+
+    def std(self, x: Tensor, groups: int | None = None) -> Tensor:
+        groups = groups or x.shape[1] // 3
+        assert x.shape[1] % groups == 0
+        x = x.unflatten(1, (groups, 3))
+        return x.std((2, 3, 4), keepdim=True).expand(x.shape).flatten(1, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x / self.std(x, 4)
+
+
 class Room(Parts):
     def forward(self, x: Tensor) -> Tensor:
         room = torch.zeros(x.shape[0], self.size, 8, 8, dtype=x.dtype)
@@ -496,11 +534,11 @@ class StandardisedByMoments(nn.Conv2d):
         return F.conv2d(x, (self.weight - mean) / (var + 1e-6).sqrt(), self.bias)
 
 
-def weight_normed(layer: nn.Module) -> nn.Module:
-    """By the old hook. Without gradients, since otherwise its weight cannot be copied."""
+def by_old_hook(norm: Callable[[nn.Module], nn.Module], layer: nn.Module) -> nn.Module:
+    """Normed without gradients, since otherwise its weight cannot be copied."""
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore", FutureWarning)
-        return nn.utils.weight_norm(layer)
+        return norm(layer)
 
 
 def parametrised(layer: nn.Module, by: nn.Module) -> nn.Module:
@@ -631,6 +669,7 @@ ODD: dict[str, Odd] = {
     "a literal flattening": right(images(FixedFlatten(), b=nn.Linear(48, 6))),  # unsure: the product has to follow
     # --- slices and splits ---
     "literal halves": right(images(LiteralHalves(), reads=6)),  # unsure: the 6 has to follow
+    "literals in a function that is cached": refused(images(CachedThirds(), reads=4), reason="the cut network stops with"),
     "a literal negative bound": right(images(LiteralNegative(), reads=8)),
     "a literal split": right(images(LiteralSplit(), reads=6)),  # unsure
     "a literal unequal split": right(images(LiteralUnequalSplit())),  # unsure
@@ -786,7 +825,17 @@ ODD: dict[str, Odd] = {
     ),
     "linear over the width": right(images(lambda m, x: m.d(x), d=nn.Linear(8, 8))),
     "linear over tokens": right(tokens(lambda m, x: m.e(m.d(x.mT).relu()).mT, d=nn.Linear(6, 5), e=nn.Linear(5, 6)), "a", "odd.d", "b"),
-    "bilinear": refused(tokens(lambda m, x: m.d(x, m.e(x)), reads=7, d=nn.Bilinear(12, 5, 7), e=nn.Linear(12, 5)), "a", "odd.e"),
+    "bilinear": right(
+        tokens(lambda m, x: m.d(x, m.e(x)), reads=7, d=nn.Bilinear(12, 5, 7), e=nn.Linear(12, 5)), "a", "odd.d", "odd.e", "b"
+    ),
+    "bilinear of a value with itself": right(tokens(lambda m, x: m.d(x, x.relu()), reads=7, d=nn.Bilinear(12, 12, 7)), "a", "odd.d", "b"),
+    "bilinear with the input": right(
+        whole(lambda m, x: m.c(m.b(m.d(x, m.a(x))).relu()), SEQUENCE,
+              a=nn.Linear(12, 5), d=nn.Bilinear(12, 5, 7), b=nn.Linear(7, 6), c=nn.Linear(6, 2)), "a", "d", "b"
+    ),
+    "bilinear with a weight that is computed": refused(
+        tokens(lambda m, x: F.bilinear(x, x, m.e(x).mean((0, 1)).view(1, 12, 12)), reads=1, e=nn.Linear(12, 144)), "a", "odd.e"
+    ),
     "einsum with a parameter": right(images(lambda m, x: torch.einsum("bchw,oc->bohw", x, m.w), reads=7, w=parameter(7, 12)), "a", "odd", "b"),
     "einsum with a parameter first": right(
         images(lambda m, x: torch.einsum("oc,bchw->bhwo", m.w, x), b=nn.Linear(7, 6), w=parameter(7, 12)), "a", "odd", "b"
@@ -922,6 +971,8 @@ ODD: dict[str, Odd] = {
     "group norm of one group": right(images(lambda m, x: m.n(x), n=nn.GroupNorm(1, 12)), zeros=False),
     "group norm": right(images(lambda m, x: m.n(x), n=nn.GroupNorm(3, 12)), zeros=False),
     "group norm of single channels": right(images(lambda m, x: m.n(x), n=nn.GroupNorm(12, 12)), zeros=False),
+    "standard deviation of groups": right(images(GroupStd(v=parameter(12, 1, 1), groups=4))),
+    "standard deviation of groups, rebound": refused(images(ReboundGroupStd()), reason="the cut network stops with"),
     "group norm without scale": right(images(lambda m, x: m.n(x), n=nn.GroupNorm(3, 12, affine=False)), zeros=False),  # unsure
     "instance norm": right(images(lambda m, x: m.n(x), n=nn.InstanceNorm2d(12, affine=True))),
     "rms norm": right(tokens(lambda m, x: m.n(x), n=nn.RMSNorm(12)), zeros=False),
@@ -954,9 +1005,14 @@ ODD: dict[str, Odd] = {
         images(lambda m, x: m.d(x), reads=7, d=parametrizations.weight_norm(conv(12, 7))), "a", "odd.d.parametrizations.weight", zeros=False
     ),  # unsure of the second group's name
     "weight_norm by the old hook": right(
-        images(lambda m, x: m.d(x), reads=7, d=weight_normed(conv(12, 7))), "a", "odd.d", zeros=False
+        images(lambda m, x: m.d(x), reads=7, d=by_old_hook(nn.utils.weight_norm, conv(12, 7))), "a", "odd.d", zeros=False
     ),  # unsure: its parameters are weight_g and weight_v
-    "spectral_norm": refused(images(lambda m, x: m.d(x), reads=7, d=parametrizations.spectral_norm(conv(12, 7)))),  # unsure: u W v is exact
+    "spectral_norm": right(
+        images(lambda m, x: m.d(x), reads=7, d=parametrizations.spectral_norm(conv(12, 7))), "a", "odd.d.parametrizations.weight", "b"
+    ),
+    "spectral_norm by the old hook": right(
+        images(lambda m, x: m.d(x), reads=7, d=by_old_hook(nn.utils.spectral_norm, conv(12, 7))), "a", "odd.d", "b"
+    ),
     "weights standardised by batch norm": right(
         images(lambda m, x: m.d(x), reads=7, d=StandardisedByBatchNorm(12, 7, 1)), "a", "odd.d", "b", zeros=False
     ),

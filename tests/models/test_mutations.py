@@ -32,8 +32,9 @@ from pipeline.pruning.reference import mask
 from pipeline.pruning.surgery import cut
 from pipeline.pruning.trials import random_subsets, trace
 from pipeline.pruning.verify import compare, output_tensors, verify
+from tests.graphs import zeroed
 from tests.models.odd_networks import ODD, Odd, images, right
-from tests.models.test_odd_networks import NUM_ROWS, TOLERANCE, prepared, zeroed
+from tests.models.test_odd_networks import NUM_ROWS, TOLERANCE, prepared
 
 Apply = Callable[[Trace, Call], None]
 Kept = dict[str, tuple[int, ...]]
@@ -290,8 +291,9 @@ def test_a_mistake_that_both_sides_follow_is_seen(name, mutation, network):
 HARMLESS: dict[str, tuple[str, set[str]]] = {
     "freezes nothing": (
         "what comes out has no labels, so the readers stay, or the trials find what was not frozen",
-        {"along_one_axis", "attention", "barrier", "batch_norm", "convolution", "copy", "join", "layer_norm", "matrix_product",
-         "part", "picked", "position", "reshape", "slice_", "window1d", "window2d", "window3d"},
+        {"along_one_axis", "attention", "barrier", "batch_norm", "bilinear", "convolution", "copy", "join", "layer_norm",
+         "matrix_product", "part", "picked", "position", "product_of_parameters", "reshape", "slice_", "window1d", "window2d",
+         "window3d"},
     ),
     ELEMENTWISE: (
         "the rule is a join that freezes more, or the labels of its one operand pass as they do in a join",

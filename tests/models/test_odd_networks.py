@@ -15,6 +15,7 @@ from pipeline.pruning.reference import mask
 from pipeline.pruning.surgery import cut
 from pipeline.pruning.trials import random_subsets, trace
 from pipeline.pruning.verify import compare, output_tensors, verify
+from tests.graphs import zeroed
 from tests.models.odd_networks import ODD, Odd
 
 NUM_ROWS = 3
@@ -36,18 +37,6 @@ def _rows(example: Tensor, generator: torch.Generator) -> Tensor:
     if example.is_floating_point():
         return torch.randn(shape, generator=generator, dtype=torch.float64)
     return torch.randint(int(example.max()) + 1, shape, generator=generator)
-
-
-def zeroed(model: nn.Module, graph: Graph, kept: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    """Parameters of the dense network with zeros wherever a removed channel owns an entry."""
-    whole = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-    for name, channels in kept.items():
-        gone = torch.ones(graph.group(name).size, dtype=torch.bool)
-        gone[list(channels)] = False
-        for member in graph.group(name).members:
-            if member.tensor in whole:
-                whole[member.tensor].index_fill_(member.dim, member.index_CK[gone].reshape(-1), 0.0)
-    return whole
 
 
 def assert_cuts_are_equal(traced: nn.Module, odd: Odd, graph: Graph) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -218,6 +221,122 @@ class Helper(Net):
 def test_helpers_are_followed_from_the_method_that_calls_them():
     (size,) = sizes(Helper())
     assert (size.functions, size.line, size.text) == (("between", "through", "merged"), 1, "8")
+
+
+SIX = 6
+
+
+def times(_number: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    return lambda function: function
+
+
+groups = 4
+
+
+@times(groups)
+def grouped(h: Tensor, groups: int = groups, *, also: int = groups // 2) -> Tensor:
+    assert h.shape[1] % groups == 0
+    assert groups is not None
+    assert all(groups > part for part in range(2))
+    return h.reshape(len(h), groups, h.shape[1] // groups).flatten(1) * also
+
+
+class Argument(Net):
+    def between(self, h: Tensor) -> Tensor:
+        return grouped(h, groups=4)
+
+
+def test_an_argument_that_keeps_its_value_is_found_wherever_the_body_reads_it():
+    """Not in the decorator or among the defaults, where the name is another one; not where it is asked whether it is one."""
+    found = sorted((s.line, s.column, s.text) for s in sizes(Argument()))
+    assert found == [
+        (2, 24, "groups"),
+        (4, 15, "groups"),
+        (5, 29, "groups"),
+        (5, 37, "h.shape[1] // groups"),
+        (5, 51, "groups"),
+    ]
+
+
+def rebound(h: Tensor, n: int) -> Tensor:
+    n = n + 0
+    return h.reshape(len(h), n) * (n / n)
+
+
+def increased(h: Tensor, n: int) -> Tensor:
+    h = h.reshape(len(h), n) * (n / n)
+    n += 1
+    return h
+
+
+def deleted(h: Tensor, n: int) -> Tensor:
+    h = h.reshape(len(h), n) * (n / n)
+    del n
+    return h
+
+
+def for_another(h: Tensor, n: int) -> Tensor:
+    return h.reshape(len(h), n) * (n / n) * sum(n for n in range(2))
+
+
+def of_a_lambda(h: Tensor, n: int) -> Tensor:
+    return h.reshape(len(h), n) * (n / n) * (lambda n: n + 1)(0)
+
+
+def of_a_function(h: Tensor, n: int) -> Tensor:
+    def inner(n: int) -> int:
+        return n + 1
+
+    return h.reshape(len(h), n) * (n / n) * inner(0)
+
+
+def of_the_file(h: Tensor, SIX: int) -> Tensor:
+    def outer() -> int:
+        global SIX
+        return SIX
+
+    return h.reshape(len(h), SIX) * (SIX / SIX) * outer()
+
+
+def of_an_error(h: Tensor, n: int) -> Tensor:
+    try:
+        return h.reshape(len(h), n) * (n / n)
+    except ValueError as n:
+        raise n
+
+
+@pytest.mark.parametrize(
+    "function", [rebound, increased, deleted, for_another, of_a_lambda, of_a_function, of_the_file, of_an_error]
+)
+def test_an_argument_whose_name_means_something_else_as_well_is_found_where_it_is_given_alone(function):
+    class Own(Net):
+        def between(self, h: Tensor) -> Tensor:
+            return function(h, 8)
+
+    (size,) = sizes(Own())
+    assert inspect.getsource(function).splitlines()[size.line][: size.column].endswith("reshape(len(h), ")
+
+
+class TwoArguments(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.middle = nn.Linear(8, 8)
+
+    def between(self, h: Tensor) -> Tensor:
+        return self.twice(h, 8)
+
+    def twice(self, h: Tensor, n: int) -> Tensor:
+        assert n % 2 == 0
+        h = self.middle(h.reshape(-1, n))
+        return h.reshape(-1, n)
+
+
+def test_an_argument_that_counts_two_kinds_of_channels_states_each_where_it_is_given():
+    """What it stands for where it is only read (line 1) cannot be told."""
+    assert [(s.text, s.line, list(s.channels)) for s in sizes(TwoArguments())] == [
+        ("n", 2, ["fc0"]),
+        ("n", 3, ["middle"]),
+    ]
 
 
 class OwnMethod(Net):

@@ -172,6 +172,33 @@ def test_two_numbers_of_one_method_change_together():
     assert module(torch.arange(3)).shape == (1, 3)
 
 
+class Halved(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.reshape(2, 8 // 2) + 8
+
+
+WHOLE = edit(["forward"], 1, 28, "8 // 2", 3)
+PART = edit(["forward"], 1, 28, "8", 6)  # begins where the whole begins
+
+
+@pytest.mark.parametrize("edits", [[WHOLE, PART], [PART, WHOLE]])
+def test_a_whole_takes_its_parts_along_and_the_same_elsewhere_has_a_number_of_its_own(edits):
+    module = Halved()
+    rewrite_(module, [*edits, edit(["forward"], 1, 38, "8", 10)])
+    assert module(torch.arange(6)).tolist() == [[10, 11, 12], [13, 14, 15]]
+
+
+def test_a_part_changes_alone_where_the_whole_has_no_number():
+    module = Halved()
+    rewrite_(module, [PART])
+    assert module(torch.arange(6)).tolist() == [[8, 9, 10], [11, 12, 13]]
+
+
+def test_a_whole_that_reads_otherwise_is_refused_though_its_part_is_there():
+    with pytest.raises(ValueError, match="no longer reads 8 // 4"):
+        rewrite_(Halved(), [edit(["forward"], 1, 28, "8 // 4", 2), PART])
+
+
 def test_super_still_finds_the_parent():
     module = Stating()
     rewrite_(module, [edit(["forward"], 1, 44, "2", 3)])

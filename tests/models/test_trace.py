@@ -18,7 +18,7 @@ from pipeline.pruning.plan import planned
 from pipeline.pruning.reference import mask
 from pipeline.pruning.surgery import cut
 from pipeline.pruning.trials import random_subsets, trace
-from tests.graphs import Residual, residual_graph
+from tests.graphs import Residual, residual_graph, zeroed
 from tests.pruning.networks import mixed, mixed_graph
 
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -74,15 +74,8 @@ def assert_a_cut_equals_zeros(model: nn.Module, graph: Graph, images: Tensor, tr
     for trial in range(trials):
         kept = random_subsets(graph, seed=3, trial=trial)
         small = cut(model, planned(graph, kept))
-        whole = {name: tensor.clone() for name, tensor in model.named_parameters()}
         with torch.no_grad():
-            for name, channels in kept.items():
-                gone = torch.ones(graph.group(name).size, dtype=torch.bool)
-                gone[list(channels)] = False
-                for member in graph.group(name).members:
-                    if member.tensor in whole:
-                        whole[member.tensor].index_fill_(member.dim, member.index_CK[gone].reshape(-1), 0.0)
-            expected = torch.func.functional_call(model, whole, (images,))
+            expected = torch.func.functional_call(model, zeroed(model, graph, kept), (images,))
             torch.testing.assert_close(small(images), expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 

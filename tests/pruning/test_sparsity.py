@@ -13,8 +13,10 @@ from pipeline.pruning.sparsity import (
     block_scores,
     expand_blocks,
     fits,
+    fraction_within,
     largest_per_row,
     n_of_m,
+    num_competing,
     weight_masks,
 )
 from tests.pruning.test_selection import OneAtATime
@@ -261,6 +263,40 @@ def test_counts_are_floors_in_every_scope(scope):
     blocks = weight_masks({"w": torch.rand(2, 100)}, pattern="block:2", keep=0.29, scope=scope)["w"]
     assert int(blocks.sum()) == {"global": 58, "layer": 58, "row": 56}[scope]
     assert torch.equal(blocks[:, ::2], blocks[:, 1::2])
+
+
+@pytest.mark.parametrize(
+    ("scope", "pattern", "num_keep", "kept"),
+    [
+        ("global", "unstructured", 7, 7),
+        ("global", "block:2", 7, 6),
+        ("layer", "unstructured", 7, 7),  # 5 of 8 and 2 of 4; three quarters would be 6 and 3
+        ("row", "unstructured", 7, 6),  # half of each row; three quarters would be 3 + 3 + 1 + 1
+        ("global", "unstructured", 12, 12),
+        ("row", "unstructured", 99, 12),
+    ],
+)
+def test_a_number_of_weights_is_met_as_closely_as_the_scope_allows(scope, pattern, num_keep, kept):
+    masks = weight_masks(NETWORK, pattern=pattern, num_keep=num_keep, scope=scope)
+    assert sum(int(mask.sum()) for mask in masks.values()) == kept
+
+
+def test_a_fraction_that_leaves_a_row_without_blocks_shows_before_the_masks():
+    shapes = {name: score.shape for name, score in NETWORK.items()}  # rows of two blocks and of one
+    fraction = fraction_within(shapes, pattern="block:2", scope="row", num_keep=7)
+    assert [int(fraction * num_competing(shape, "block:2", "row")) for shape in shapes.values()] == [1, 0]
+
+
+@pytest.mark.parametrize(("num_keep", "kept"), [(0, None), (1, 1), (3, 1), (4, 4), (6, 4), (7, 7), (8, 8), (9, 8)])
+def test_blocks_of_unlike_sizes_are_taken_by_score_while_they_fit(num_keep, kept):
+    # By score: the first input of `narrow` (9, one weight), both of `wide` (6 and 5, three weights), the other of `narrow`.
+    scores = {"wide": torch.tensor([[2.0, 1.0], [2.0, 2.0], [2.0, 2.0]]), "narrow": torch.tensor([[9.0, 1.0]])}
+    if kept is None:
+        with pytest.raises(ValueError, match="leaves none of the 4 scores"):
+            weight_masks(scores, pattern="input:1", num_keep=num_keep, scope="global")
+    else:
+        masks = weight_masks(scores, pattern="input:1", num_keep=num_keep, scope="global")
+        assert sum(int(mask.sum()) for mask in masks.values()) == kept
 
 
 @pytest.mark.parametrize("scope", ["global", "layer", "row"])

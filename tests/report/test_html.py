@@ -6,11 +6,12 @@ import itertools
 import re
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 
 from pipeline.report import plots
-from pipeline.report.html import class_extremes, comparison, findings, headline, render
+from pipeline.report.html import class_extremes, comparison, findings, headline, key_figures, render
 from pipeline.report.numbers import complete
 from pipeline.report.svg import Frame, Label, settle, ticks
 from tests.report.samples import SAMPLES, digits, resnet152, sparse
@@ -233,3 +234,54 @@ def test_ticks_lie_inside_and_are_few(low, high):
     values = ticks(low, high)
     assert 2 <= len(values) <= 7
     assert all(low - 1e-9 <= value <= high + 1e-9 for value in values)
+
+
+def masked() -> dict[str, Any]:
+    """`digits`, masked to a quarter of the dense network's 4,927,618 parameters."""
+    summary = digits()
+    summary["pruned"]["nonzero_params"] = 1231904
+    for control in summary["controls"].values():
+        control["nonzero_params"] = 1231900
+    figures = {"pattern": "unstructured", "criterion": "snip_abs", "scope": "global", "sha256": "ab", "num_whole": 0}
+    summary["weight_masks"] = {**figures, "kept": 1000000, "weights": 2000000}
+    return summary
+
+
+def test_masked_weights_have_a_row_of_their_own_and_no_time_to_their_credit():
+    rows = {name: [(cell.value, cell.note) for cell in cells] for name, cells in comparison(complete(masked()))}
+    names = [*rows]
+    assert names[names.index("parameters") + 1 :][:2] == ["non-zero parameters", "MACs of one row"]
+    assert rows["non-zero parameters"] == [
+        ("4.928 M", ""),
+        ("1.232 M", "25.0 %"),
+        ("1.232 M", "25.0 %"),
+        ("1.232 M", "25.0 %"),
+    ]
+    assert findings(complete(masked()))[-1] == (
+        "Masks of single weights (unstructured, snip_abs) keep 50.0 % of 2.000 M weights that the cut leaves. A dense runtime gains no "
+        "time from them."
+    )
+    assert headline(complete(masked())).startswith(
+        "resnet10t with 49.9 % of its MACs and 25.0 % of its parameters not zero runs 1.42× as fast at batch 32: top-1"
+    )
+    assert [figure.name for figure in key_figures(complete(masked()))][1] == "non-zero parameters"
+
+
+def test_where_nothing_is_masked_parameters_stand_once():
+    summary = digits()
+    summary["pruned"]["nonzero_params"] = summary["pruned"]["params"]
+    assert "non-zero parameters" not in [name for name, _ in comparison(complete(summary))]
+
+
+def test_a_page_of_masks_alone_shows_no_widths_and_the_scope_of_the_weights():
+    summary = masked()
+    summary["plan"] |= {"budget": {}, "scope": None}
+    page = Page(render(summary)).text
+    assert "Kept channels of each layer" not in page
+    assert "ours (taylor)global scope" in page
+    assert "Not in this run: plan" not in page
+
+
+def test_what_training_for_sparsity_cost_is_told():
+    found = findings(complete({"dense": {"top1": 0.9}, "sparse": {"top1": 0.875}}))
+    assert found == ["Before anything was cut, training for sparsity took top-1 from 90.00 % to 87.50 %."]

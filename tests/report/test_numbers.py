@@ -13,8 +13,10 @@ from tests.report.samples import SAMPLES, digits, sparse
 GOLDEN = {
     "model": None,
     "dense": {"top1", "top5", "loss", "agreement", "params", "macs", "latency_ms", "onnx_latency_ms"},
+    "sparse": {"top1", "top5", "loss", "agreement"},
     "pruned": {
-        "top1_before_recovery", "top1", "top5", "loss", "agreement", "params", "macs", "latency_ms", "onnx_latency_ms",
+        "top1_before_recovery", "top1", "top5", "loss", "agreement", "params", "macs", "nonzero_params",
+        "latency_ms", "onnx_latency_ms",
     },
     "controls": {"random", "magnitude"},
     "saliency": {
@@ -24,7 +26,7 @@ GOLDEN = {
     "plan": {"sha256", "budget", "scope", "groups", "num_blocks", "removed_blocks"},
     "masks": {"sha256"},
     "stability": {"rows", "curve", "median_error", "p90_error"},
-    "weight_masks": {"pattern", "criterion", "scope", "sha256", "kept", "weights", "num_whole", "top1"},
+    "weight_masks": {"pattern", "criterion", "scope", "sha256", "kept", "weights", "num_whole"},
     "verify": {"max_abs_diff", "max_rel_diff", "rows"},
     "frozen": None,
     "train": {"epochs", "seconds", "rows_per_s", "history"},

@@ -8,6 +8,7 @@ from pipeline import artifacts
 from pipeline.artifacts import StaleArtifact
 from pipeline.training import checkpoint
 from pipeline.training.loop import TrainingDiverged, TrainResult, train
+from pipeline.training.policy import Movement
 from tests.training.toy import BATCH, STEPS, Killed, ToyBatches, same_tensors, toy_model, toy_settings, without_times
 
 
@@ -43,23 +44,25 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path, optimizer,
 
 
 def test_movement_is_the_sum_of_minus_weight_times_gradient_also_after_a_resume(tmp_path):
-    settings = toy_settings(movement=True, optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.01)
-    whole = run(tmp_path / "whole", settings=settings)
+    settings = toy_settings(optimizer="sgd", momentum=0.0, weight_decay=0.0, lr=0.01)
+    whole = run(tmp_path / "whole", settings=settings, policies=[Movement])
     with pytest.raises(Killed):
-        run(tmp_path / "cut", ToyBatches(dies_at=6), settings)
-    assert same_tensors(run(tmp_path / "cut", settings=settings).movement, whole.movement)
+        run(tmp_path / "cut", ToyBatches(dies_at=6), settings, policies=[Movement])
+    assert same_tensors(run(tmp_path / "cut", settings=settings, policies=[Movement]).statistics, whole.statistics)
     # Plain SGD: the first step moves w by -lr g, so its -w g is w (w' - w) / lr.
     before = dict(toy_model().named_parameters())
-    one = toy_settings(movement=True, optimizer="sgd", momentum=0.0, weight_decay=0.0, epochs=1, lr=0.01)
+    one = toy_settings(optimizer="sgd", momentum=0.0, weight_decay=0.0, epochs=1, lr=0.01)
 
     def first_step(epoch: int, start_step: int) -> list:
         return list(ToyBatches()(epoch, start_step))[:1]
 
-    first = train(toy_model(), None, first_step, one, steps_per_epoch=1)
-    for name, movement in first.movement.items():
+    first = train(toy_model(), None, first_step, one, steps_per_epoch=1, policies=[Movement])
+    assert len(first.statistics) == len(before)
+    for key, movement in first.statistics.items():
+        name = key.removeprefix("movement/")
         expected = before[name].detach() * (first.state_dict[name] - before[name].detach()) / 0.01
         assert torch.allclose(movement, expected, atol=1e-4), name
-    assert run(None).movement == {}
+    assert run(None).statistics == {}
 
 
 def test_finished_run_is_only_read_again(tmp_path):

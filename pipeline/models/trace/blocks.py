@@ -8,7 +8,6 @@ used elsewhere, too. Trial cuts decide that (`pruning.trials`).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from pipeline.models.calls import Place, each_module
 from pipeline.models.graph import Block, Branch
 from pipeline.models.modes import eval_mode
 from pipeline.models.trace.tracer import PythonCalls, Trace, module_stack
@@ -77,31 +77,20 @@ class _Finder(PythonCalls):
         self._own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
 
     def run(self, inputs: tuple[Tensor, ...]) -> None:
-        handles = []
-        for path, module in self.model.named_modules():
-            handles += [module.register_forward_pre_hook(self._enter), module.register_forward_hook(self._leave(path))]
-        try:
-            with module_stack(self.model, self.trace), self:
-                self.model(*inputs)
-        finally:
-            for handle in handles:
-                handle.remove()
+        with each_module(self.model, self._enter, self._leave), module_stack(self.model, self.trace), self:
+            self.model(*inputs)
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        frame = self.trace.stack[-1]
-        path, index = frame.path, frame.calls
-        out = super().__torch_function__(func, types, args, kwargs)
-        if isinstance(out, Tensor) and frame.calls > index:
+    def call(self, place: Place, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        out = super().call(place, func, args, kwargs)
+        if isinstance(out, Tensor):
             tensors = [value for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)]
             for running in self._running:
                 if running is not None and out.numel() == running.x.numel():
-                    self._follow(running.sums, getattr(func, "__name__", ""), tensors, out, (path, index))
+                    self._follow(running.sums, place, tensors, out)
         return out
 
-    def _follow(self, sums: dict[int, Sum], name: str, tensors: list[Tensor], out: Tensor, at: tuple[str, int]) -> None:
-        path, index = at
+    def _follow(self, sums: dict[int, Sum], place: Place, tensors: list[Tensor], out: Tensor) -> None:
+        path, index, name = place
         known = [sums.get(id(tensor)) for tensor in tensors]
         if name in ADDITIONS and len(tensors) == 2 and known.count(None) == 1:
             branch = known.index(None)
@@ -111,17 +100,14 @@ class _Finder(PythonCalls):
         elif len(tensors) == 1 and known[0] is not None and known[0][1]:  # an activation of a sum, or a view
             sums[id(out)] = (out, known[0][1])
 
-    def _enter(self, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def _enter(self, _path: str, _module: nn.Module, inputs: tuple[Any, ...]) -> None:
         x = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
         self._running.append(_Running(x, {id(x): (x, ())}) if x is not None else None)
 
-    def _leave(self, path: str) -> Callable[[nn.Module, Any, Any], None]:
-        def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            running = self._running.pop()
-            self.calls[path] += 1
-            if running is not None and isinstance(output, Tensor) and output.shape == running.x.shape:
-                _, branches = running.sums.get(id(output), (output, ()))
-                if branches:
-                    self.found[path] = branches
-
-        return hook
+    def _leave(self, path: str, output: Any) -> None:
+        running = self._running.pop()
+        self.calls[path] += 1
+        if running is not None and isinstance(output, Tensor) and output.shape == running.x.shape:
+            _, branches = running.sums.get(id(output), (output, ()))
+            if branches:
+                self.found[path] = branches

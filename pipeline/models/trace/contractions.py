@@ -11,7 +11,7 @@ import numpy as np
 from torch import Tensor
 
 from pipeline.models.trace.labels import Ids, Label
-from pipeline.models.trace.rules import merge
+from pipeline.models.trace.rules import barrier, merge
 from pipeline.models.trace.table import Call, rule
 
 if TYPE_CHECKING:
@@ -153,6 +153,24 @@ def _meet(trace: Trace, call: Call, *places: tuple[Tensor, int]) -> None:
         trace.end(call, known[0])
     for ids in known if len(known) == 1 else ():
         trace.freeze(ids, call, "the channels are multiplied with computed values that are no channels")
+
+
+@rule("aten::_trilinear", kind="contract")
+def bilinear(trace: Trace, call: Call) -> None:
+    """nn.Bilinear: x [N, I] and y [N, J] times W [O, I, J]. Other sums over three factors are not followed."""
+    x, weight, y = call.tensors
+    weights = trace.label(weight)
+    if [call[name] for name in ("expand1", "expand2", "expand3", "sumdim")] != [[1, 3], [0], [1, 2], [2, 3]]:
+        barrier(trace, call)
+        return
+    _multiplied(trace, call, weight, len(x) * weight.numel())
+    _ends(trace, call, x, 1, weight, 1)
+    _ends(trace, call, y, 1, weight, 2)
+    rows = trace.join_along(call, [(x, 0), (y, 0)])
+    axes = {0: rows} if rows is not None else {}
+    axes |= _made(trace, call, weight, weights.axes.get(0) if weights else None, None, 1)
+    notes = [label.note for label in map(trace.label, call.tensors) if label and label.note]
+    trace.put(call.outputs[0], Label(axes, next(iter(notes), None)))
 
 
 @rule("aten::embedding", kind="contract")

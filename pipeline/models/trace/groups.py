@@ -97,12 +97,16 @@ def graph_of(model: nn.Module, trace: Trace, input_shape: tuple[int, ...]) -> Gr
 def _sizes(slots: Slots, stated: Sequence[Stated], channel_of: Mapping[int, tuple[str, int]]) -> tuple[Size, ...]:
     """What the code states about channels that can be cut; what one place states about several kinds of them cannot follow.
 
-    An attribute that is read with several meanings stays: each place that reads it states its own number.
+    An attribute that is read with several meanings stays: each place that reads it states its own number. So does an
+    expression that calls are given in several places: what a place was seen to state counts, not what it repeats.
     """
+    seen = {one.place for one in stated if not one.repeats}
     places: dict[tuple[Any, ...], set[tuple[Any, ...]]] = defaultdict(set)
     attributes: dict[tuple[str, str, int | None], set[tuple[Any, ...]]] = defaultdict(set)
     by_ids: dict[tuple[int, ...], tuple[dict[str, tuple[int, ...]], int]] = {}
     for one in stated:
+        if one.repeats and one.place in seen:
+            continue
         if one.ids not in by_ids:
             by_ids[one.ids] = _counted(slots, one.ids, channel_of)
         channels, fixed = by_ids[one.ids]
@@ -110,7 +114,7 @@ def _sizes(slots: Slots, stated: Sequence[Stated], channel_of: Mapping[int, tupl
             continue  # positions, not channels
         meaning = (tuple(channels.items()), fixed, one.negative)
         attributes[one.module, one.attribute, one.element].add(meaning)
-        places[one.module, one.functions, one.line, one.column, one.text, one.attribute, one.element].add(meaning)
+        places[*one.place, one.attribute, one.element].add(meaning)
     found: dict[tuple[Any, ...], Size] = {}
     for (module, functions, line, column, text, attribute, element), meanings in places.items():
         if len(meanings) > 1:

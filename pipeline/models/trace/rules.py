@@ -17,6 +17,7 @@ from pipeline.models.trace.table import Call, rule
 if TYPE_CHECKING:
     from pipeline.models.trace.tracer import Trace
 
+WRITTEN = "values are written into a part of a tensor"
 DECIDES = "the code decides by computed values, and a cut could make it decide otherwise"
 
 # --- join: labels that meet in one element ----------------------------------------------------------------------------
@@ -54,10 +55,21 @@ def fill(trace: Trace, call: Call) -> None:
 
 @rule("aten::copy", kind="join")
 def copy(trace: Trace, call: Call) -> None:
-    """Writing a whole tensor is a join; writing into a part of one is not followed."""
-    target = call.tensors[0]
-    if target._is_view():
-        barrier(trace, call, "values are written into a part of a tensor")
+    """Writing a whole tensor is a join, and so is writing all channels, into a part of space; other parts are not followed."""
+    target, base = call.tensors[0], call.tensors[0]._base
+    if base is not None:
+        labels = [label for label in map(trace.label, (base, *call.tensors)) if label is not None]
+        kept = all(
+            base.dim() == target.dim() and (base.shape[axis], base.stride(axis)) == (target.shape[axis], target.stride(axis))
+            for label in labels for axis in label.axes
+        )  # fmt: skip
+        if not (kept and labels and call.tensors[1].shape == target.shape):
+            barrier(trace, call, WRITTEN)
+            return
+        axes = {axis: trace.join_along(call, [(base, axis), (call.tensors[1], axis)]) for axis in range(base.dim())}
+        note = trace.reason(call, WRITTEN)
+        trace.put(base, Label({axis: ids for axis, ids in axes.items() if ids is not None}, note))
+        trace.put(target, trace.label(base))
     elif trace.label(target) is None:
         trace.put(call.outputs[0], trace.join(call, call.tensors[1:], shape=target.shape))
     else:

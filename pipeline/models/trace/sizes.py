@@ -50,6 +50,12 @@ class Stated:
     ids: tuple[int, ...]
     negative: bool
     """The expression states minus the number."""
+    repeats: bool
+    """It is not what the call was given: elsewhere the function says the same again."""
+
+    @property
+    def place(self) -> tuple[Any, ...]:
+        return self.module, self.functions, self.line, self.column, self.text
 
 
 class PythonCall:
@@ -92,7 +98,8 @@ class PythonCall:
                 own = _own_attribute(expression) or self._factor(trace, module, expression, len(ids))
                 for same in _occurrences(code, expression, text):
                     at = (same.lineno - first, same.col_offset)
-                    yield Stated(module, functions, *at, text, own, element, tuple(ids.tolist()), negative)
+                    repeats = at != (expression.lineno - first, expression.col_offset)
+                    yield Stated(module, functions, *at, text, own, element, tuple(ids.tolist()), negative, repeats)
 
     def _factor(self, trace: Trace, path: str, expression: ast.expr, size: int) -> str:
         """The attribute in `B * self.num_heads` that is as large as the whole, of one row: the number of rows may change."""
@@ -148,14 +155,29 @@ COMPREHENSIONS = ("<genexpr>", "<listcomp>", "<dictcomp>", "<setcomp>")
 def _occurrences(code: CodeType, expression: ast.expr, text: str) -> list[ast.expr]:
     """The expression, and where the function says the same again: `q * (C // num_heads) ** -0.5`; `C % groups` of an
     argument `groups` that keeps its value."""
-    names = [node for node in ast.walk(_tree(code)) if isinstance(node, ast.Name) and node.id == text]
-    if isinstance(expression, ast.Name):
-        argument = text in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        kept = argument and all(isinstance(node.ctx, ast.Load) for node in names)
-        return [*names] if kept else [expression]
-    if not isinstance(expression, ast.BinOp):
+    if not isinstance(expression, ast.BinOp | ast.Name):
         return [expression]
-    return [node for node in ast.walk(_tree(code)) if isinstance(node, ast.BinOp) and ast.unparse(node) == text]
+    nodes = [node for statement in getattr(_tree(code), "body", []) for node in ast.walk(statement)]
+    if isinstance(expression, ast.Name):
+        is_argument = text in code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if not is_argument or any(_binds(node, text) for node in nodes):
+            return [expression]
+        asks = [node for node in nodes if isinstance(node, ast.Compare) and isinstance(node.ops[0], ast.Is | ast.IsNot)]
+        asked = {id(operand) for node in asks for operand in (node.left, *node.comparators)}  # `groups is not None`
+        nodes = [node for node in nodes if id(node) not in asked]
+    return [node for node in nodes if isinstance(node, type(expression)) and ast.unparse(node) == text]
+
+
+def _binds(node: ast.AST, name: str) -> bool:
+    """Does the name mean something else from here on, or in a function that begins here?"""
+    match node:
+        case ast.Name():
+            return node.id == name and not isinstance(node.ctx, ast.Load)
+        case ast.alias():
+            return name == (node.asname or node.name.partition(".")[0])
+        case ast.Attribute() | ast.keyword() | ast.Constant():
+            return False
+    return any(name == field or (isinstance(field, list) and name in field) for _, field in ast.iter_fields(node))
 
 
 def _first_line(cls: type, codes: Sequence[CodeType]) -> int | None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from pipeline.models.trace.labels import Label
-from pipeline.models.trace.rules import axes_of, tie_rows
+from pipeline.models.trace.rules import axes_of, barrier, tie_rows
 from pipeline.models.trace.table import Call, rule
 
 if TYPE_CHECKING:
@@ -85,6 +86,21 @@ def weight_norm(trace: Trace, call: Call) -> None:
     trace.put(call.outputs[0], Label(axes, label.note, label.source))
     for norm in call.outputs[1:]:
         trace.put(norm, Label({dim: channels} if channels is not None else {}, label.note))
+
+
+@rule("aten::mv", "aten::dot", "aten::vdot", kind="statistic")
+def product_of_parameters(trace: Trace, call: Call) -> None:
+    """The u W v of a spectral norm: over what is kept. Products with a vector that is computed are not followed."""
+    matrix, vector = call.tensors
+    labels = [label for label in map(trace.label, call.tensors) if label is not None and label.source is not None]
+    if len(labels) < 2:
+        barrier(trace, call)
+        return
+    last = matrix.dim() - 1
+    if trace.join_along(call, [(matrix, last), (vector, 0)]) is not None:
+        trace.mix()
+    axes = {axis: ids for axis, ids in labels[0].axes.items() if axis != last}
+    trace.put(call.outputs[0], replace(labels[0], axes=axes))
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------

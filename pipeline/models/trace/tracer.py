@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pipeline.models.calls import is_call
+from pipeline.models import calls
+from pipeline.models.calls import Calls, Place, Running, each_module
 from pipeline.models.graph import Graph
 from pipeline.models.modes import eval_mode, uncached
 from pipeline.models.trace import contractions, statistics
@@ -64,16 +64,13 @@ class Deadline:
             )
 
 
-@dataclass(slots=True)
-class Frame:
+@dataclass(slots=True, kw_only=True)
+class Frame(Running):
     """A module that is running, and the label of its first positional input."""
 
-    path: str
     module: nn.Module
-    label: Label | None
-    num_axes: int
-    calls: int = 0
-    """Torch functions that its code has called so far."""
+    label: Label | None = None
+    num_axes: int = 0
 
 
 class Trace:
@@ -90,7 +87,7 @@ class Trace:
         self.sites: dict[SiteKey, Ids] = {}
         """Slots along the axis of a value where a weight reads it; in running order."""
         self.refused: Reason | None = None
-        self.stack = [Frame("", model, None, 0)]
+        self.stack = [Frame("", module=model)]
         self.python: PythonCall | None = None
         """The torch function that Python called and that the operation is a part of."""
         self.stated: list[Stated] = []
@@ -344,7 +341,7 @@ class Trace:
     def _where(self) -> str:
         """ "module path (file.py:line)": the innermost line outside torch and this package."""
         path = self.stack[-1].path or "the network"
-        skipped = (_LIBRARY, f"{Path(__file__).parent}{os.sep}")
+        skipped = (_LIBRARY, f"{Path(__file__).parent}{os.sep}", str(calls.__file__))
         frame: Any = sys._getframe(1)
         while frame is not None and frame.f_code.co_filename.startswith(skipped):
             frame = frame.f_back
@@ -394,32 +391,26 @@ class Operations(TorchDispatchMode):
         return rule
 
 
-class PythonCalls(TorchFunctionMode):
+class PythonCalls(Calls):
     """Remembers which torch function was called: ATen tells neither `chunk` from `split` nor where a size stood."""
 
     def __init__(self, trace: Trace, *, sizes: bool = True) -> None:
-        super().__init__()
+        super().__init__(trace.stack)
         self.trace = trace
         self.sizes = sizes
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not is_call(func):
-            return self._attribute(func, args, kwargs)
-        if getattr(func, "__name__", "") in READS_VALUES and self.trace.label(args[0]) is not None:
-            self.trace.refuse(func.__name__, DECIDES)
-        frame, trace = self.trace.stack[-1], self.trace
-        call = trace.python = PythonCall(func, args, kwargs, frame.calls, _caller())
-        frame.calls += 1
+    def call(self, place: Place, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        trace, (_, index, name) = self.trace, place
+        if name in READS_VALUES and trace.label(args[0]) is not None:
+            trace.refuse(name, DECIDES)
+        call = trace.python = PythonCall(func, args, kwargs, index, _caller())
         out = func(*args, **kwargs)
         if self.sizes:
             trace.stated += call.stated(trace, out)
         trace.python = None
         return out
 
-    def _attribute(self, func: Any, args: Any, kwargs: Any) -> Any:
+    def attribute(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         out = func(*args, **kwargs)
         same = isinstance(out, Tensor) and isinstance(args[0], Tensor) and out.shape == args[0].shape
         if same and self.trace.label(out) is None:  # x.data: no operation ran
@@ -435,7 +426,7 @@ _LAYERS = f"{_LIBRARY}nn{os.sep}modules{os.sep}"
 
 def _caller() -> FrameType:
     """The innermost frame of a network's code: outside of this package's tracer and of torch, but for torch's layers."""
-    frame = sys._getframe(2)
+    frame = sys._getframe(3)  # behind `PythonCalls.call` and `Calls.__torch_function__`
     while frame.f_back is not None:
         name = frame.f_code.co_filename
         if not name.startswith(_LIBRARY) or name.startswith(_LAYERS):
@@ -444,31 +435,17 @@ def _caller() -> FrameType:
     return frame
 
 
-@contextmanager
-def module_stack(model: nn.Module, trace: Trace) -> Iterator[None]:
+def module_stack(model: nn.Module, trace: Trace) -> AbstractContextManager[None]:
     """Inside, the trace knows which module runs."""
 
-    def enter(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def enter(path: str, module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        frame = Frame(path, module=module)
+        if inputs and isinstance(inputs[0], Tensor):
             with torch._C.DisableTorchFunction():  # what a hook asks is no call of the network's
-                first = inputs[0] if inputs and isinstance(inputs[0], Tensor) else None
-                label = trace.label(first) if first is not None else None
-                trace.stack.append(Frame(path, module, label, first.dim() if first is not None else 0))
+                frame.label, frame.num_axes = trace.label(inputs[0]), inputs[0].dim()
+        trace.stack.append(frame)
 
-        return hook
-
-    def leave(_module: nn.Module, _inputs: Any, _output: Any) -> None:
-        trace.stack.pop()
-
-    handles = []
-    for path, module in model.named_modules():
-        handles.append(module.register_forward_pre_hook(enter(path)))
-        handles.append(module.register_forward_hook(leave, always_call=True))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return each_module(model, enter, lambda *_: trace.stack.pop())
 
 
 @contextmanager

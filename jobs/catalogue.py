@@ -1,0 +1,312 @@
+"""Every kind of gradient-based pruning on one small task: the same network, budgets, epochs and recipe for all, three seeds.
+
+    python -m jobs.catalogue                                 # about 20 minutes on two cores; the same command resumes
+    python -m jobs.catalogue --only taylor rigl --seeds 0    # some rows
+
+scikit-learn's 1,797 digits of 8 x 8 pixels, the last fifth for validation. Each row trains 12 epochs after the dense network: all of them as
+recovery, or 6 with penalties, gates or changing masks and 6 as recovery. What remains is counted in parameters that are not zero, over
+those of the dense network. Needs the extra `demo`. Every row and seed is a task of its own on the connected Ray cluster.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.graph import Graph
+from pipeline.pruning import allocation
+from pipeline.pruning.masks import masked
+from pipeline.pruning.plan import Budget
+from pipeline.pruning.sparsity import fits, weight_masks
+from pipeline.pruning.surgery import cut
+from pipeline.pruning.trials import trace
+from pipeline.saliency import criteria
+from pipeline.saliency.statistics import INPUT_KINDS, WEIGHT_KINDS, accumulate
+from pipeline.training.dynamic import Masked
+from pipeline.training.entries import multiplied
+from pipeline.training.loop import TrainResult, train
+from pipeline.training.policies import Aim, policies
+from pipeline.training.policy import MakePolicy, Movement
+from pipeline.training.settings import TrainSettings
+
+REMAINS = (0.5, 0.3, 0.2, 0.1, 0.05)
+EPOCHS = 12
+BATCH = 32
+SHOWN = 0.1
+"""The budget of the table."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """One row of the catalogue."""
+
+    family: str
+    prunes: Literal["channels", "weights", "both"]
+    criterion: tuple[str, ...]
+    """For channels, and for weights where those alone are pruned."""
+    method: tuple[str, ...] = ()
+    """Of sparse training, in the first half of the epochs."""
+    strength: tuple[float, ...] = ()
+    pattern: str = "unstructured"
+    rounds: int = 1
+    """Prune and recover so often, each time by the same part."""
+    rewind: bool = False
+    """Learning-rate rewinding: recover with the end of the dense network's schedule."""
+    distill: float = 0.7
+
+
+def _channels(family: str, *criterion: str, **more: Any) -> Entry:
+    return Entry(family=family, prunes="channels", criterion=criterion, **more)
+
+
+def _weights(family: str, *criterion: str, **more: Any) -> Entry:
+    return Entry(family=family, prunes="weights", criterion=criterion, **more)
+
+
+CATALOGUE: dict[str, Entry] = {
+    "random": _channels("control, channels", "random"),
+    "magnitude": _channels("control, channels", "magnitude"),
+    "random weights": _weights("control, weights", "random"),
+    "magnitude weights": _weights("control, weights", "magnitude"),
+    "l1_sign": _weights("L1", "magnitude", method=("l1_sign",), strength=(0.02,)),
+    "l1_prox": _weights("L1", "magnitude", method=("l1_prox",), strength=(0.05,)),
+    "group_lasso": _channels("L1", "magnitude", method=("group_lasso",), strength=(0.02,)),
+    "bn_slimming": _channels("L1", "bn_scale", method=("bn_slimming",), strength=(0.3,)),
+    "growing": _channels("L1", "magnitude", method=("growing",), strength=(0.5,)),
+    "hard_concrete": _channels("L0", "hard_concrete", method=("hard_concrete",)),
+    "hard_concrete weights": _weights("L0", "hard_concrete", method=("hard_concrete",)),
+    "l0_sign": _weights("L0", "magnitude", method=("l0_sign",), strength=(0.005,)),
+    "gradient": _weights("connections", "gradient"),
+    "snip": _weights("connections", "snip"),
+    "snip_abs": _weights("connections", "snip_abs"),
+    "fisher weights": _weights("connections", "fisher"),
+    "movement": _weights("connections", "movement", method=("movement",)),
+    "snip_abs, block:4": _weights("connections", "snip_abs", pattern="block:4"),
+    "taylor": _channels("neurons", "taylor"),
+    "fisher": _channels("neurons", "fisher"),
+    "group_fisher": _channels("neurons", "group_fisher"),
+    "cubic": _weights("dynamic", "magnitude", method=("cubic",)),
+    "rigl": _weights("dynamic", "magnitude", method=("rigl",)),
+    "dpf": _weights("dynamic", "magnitude", method=("dpf",)),
+    "soft_filter": _channels("dynamic", "magnitude", method=("soft_filter",)),
+    "taylor + magnitude": _channels("joint", "taylor", "magnitude"),
+    "l1_prox + hard_concrete": _weights(
+        "joint", "hard_concrete", method=("l1_prox", "hard_concrete"), strength=(0.02, 0.0)
+    ),
+    "taylor, then snip_abs": Entry(family="joint", prunes="both", criterion=("taylor",)),
+    "taylor, 3 rounds": _channels("retraining", "taylor", rounds=3),
+    "taylor, rewinding": _channels("retraining", "taylor", rewind=True),
+    "taylor, no teacher": _channels("retraining", "taylor", distill=0.0),
+}
+
+
+# --- the task ---------------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    """A residual block of two convolutions."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x + self.bn2(self.conv2(self.bn1(self.conv1(x)).relu()))).relu()
+
+
+def network() -> nn.Module:
+    """95,690 parameters for images [N, 1, 8, 8]."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1, bias=False),
+        nn.BatchNorm2d(32),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 3, stride=2, padding=1, bias=False),
+        nn.BatchNorm2d(64),
+        nn.ReLU(),
+        Block(64),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(64, 10),
+    )
+
+
+@cache
+def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Images float32 [N, 1, 8, 8] and labels for training, then for validation."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = torch.tensor(found.images, dtype=torch.float32)[:, None] / 8 - 1
+    labels = torch.tensor(found.target)
+    split = len(labels) * 4 // 5
+    return images[:split], labels[:split], images[split:], labels[split:]
+
+
+STEPS = 1797 * 4 // 5 // BATCH
+
+
+def batches(seed: int, epoch: int, start_step: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """One epoch in an order of its own, each image moved by up to one pixel."""
+    images, labels, *_ = digits()
+    generator = torch.Generator().manual_seed(1000 * seed + epoch)
+    order = torch.randperm(len(labels), generator=generator)
+    moves = torch.randint(-1, 2, (STEPS, 2), generator=generator).tolist()
+    for step in range(start_step, STEPS):
+        rows = order[step * BATCH : (step + 1) * BATCH]
+        yield torch.roll(images[rows], moves[step], (2, 3)), labels[rows]
+
+
+def fit(
+    model: nn.Module,
+    teacher: nn.Module | None,
+    made: Sequence[MakePolicy],
+    *,
+    seed: int,
+    epochs: int,
+    entry: Entry | None = None,
+) -> TrainResult:
+    """The one recipe of all rows."""
+    rewinding = entry is not None and entry.rewind
+    settings = TrainSettings(
+        epochs=epochs,
+        batch_size=BATCH,
+        lr=0.1 if entry is None or rewinding else 0.05,
+        rewind_epochs=2.0 * EPOCHS if rewinding else None,
+        weight_decay=1e-4,
+        ema_decay=0.98,
+        distill_weight=0.0 if entry is None else entry.distill,
+        seed=seed,
+        log_every_steps=STEPS,
+        channels_last=False,
+    )
+    return train(model, teacher, partial(batches, seed), settings, steps_per_epoch=STEPS, policies=made)
+
+
+def accuracy(model: nn.Module) -> float:
+    *_, images, labels = digits()
+    with torch.no_grad():
+        return float((model.eval()(images).argmax(1) == labels).double().mean())
+
+
+def with_weights(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    loaded = copy.deepcopy(model)
+    loaded.load_state_dict(state)
+    return loaded.eval()
+
+
+def dense(seed: int) -> dict[str, Tensor]:
+    """Weights of the dense network, trained for twice the epochs of a row."""
+    torch.manual_seed(seed)
+    return fit(network(), None, [], seed=seed, epochs=2 * EPOCHS).state_dict
+
+
+# --- one row ----------------------------------------------------------------------------------------------------------
+
+
+def row(entry: Entry, remains: float, seed: int, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Sparse training, then pruning and recovery in rounds; accuracies before the recovery and at the end."""
+    teacher = with_weights(network(), weights)
+    num_dense = _num_parameters(teacher)
+    model, statistics, epochs = teacher, {}, EPOCHS
+    if entry.method:
+        epochs = EPOCHS // 2
+        made = _sparse(entry, model, remains)
+        result = fit(model, teacher, made, seed=seed, epochs=EPOCHS - epochs, entry=entry)
+        model, statistics = with_weights(model, result.state_dict), result.statistics
+    for i in range(entry.rounds):
+        target = math.floor(num_dense * remains ** ((i + 1) / entry.rounds))
+        model, masks = pruned(entry, model, statistics, target, seed)
+        before = accuracy(model)
+        made = [partial(Masked, masks=masks)] if masks else []
+        state = fit(model, teacher, made, seed=seed, epochs=epochs // entry.rounds, entry=entry).state_dict
+        model = with_weights(model, state)
+    left = _num_parameters(model) - sum(int((~mask).sum()) for mask in masks.values())
+    return {"before": before, "after": accuracy(model), "remains": left / num_dense, "dense": accuracy(teacher)}
+
+
+def pruned(
+    entry: Entry, model: nn.Module, statistics: Mapping[str, Tensor], target: int, seed: int
+) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The network with at most `target` parameters that are not zero, and its masks."""
+    graph, num = traced(model), _num_parameters(model)
+    stored = {**_scored(entry, model, graph), **statistics}
+    plan = None
+    if entry.prunes != "weights":
+        rule, fraction = criteria.rule("channels", *entry.criterion), target / num
+        if entry.prunes == "both":
+            fraction **= 0.5
+        saliency = rule.fn(graph, stored, model.state_dict(), seed)
+        plan = allocation.plan(
+            graph, saliency, Budget(params=fraction), criterion=rule.name, scope=rule.scope, round_to=1
+        )
+        model = cut(model, plan)
+    if entry.prunes == "channels":
+        return model, {}
+    rule = criteria.rule("weights", *(("snip_abs",) if entry.prunes == "both" else entry.criterion))
+    if entry.prunes == "both":
+        graph = traced(model)
+        stored = accumulate(model, graph, _scoring_batches(), weights=True)
+    names = maskable(model, graph, entry.pattern)
+    scores = {name: rule.fn(name, stored, model.state_dict(), seed) for name in names}
+    others = _num_parameters(model) - sum(score.numel() for score in scores.values())
+    masks = weight_masks(scores, pattern=entry.pattern, num_keep=target - others, scope=rule.scope)
+    return masked(model, masks), masks
+
+
+def _scored(entry: Entry, model: nn.Module, graph: Graph) -> dict[str, Tensor]:
+    rules = [criteria.rule("weights" if entry.prunes == "weights" else "channels", *entry.criterion)]
+    needs = {kind for rule in rules for kind in rule.needs} - {"movement", "gate_open"}
+    if not needs:
+        return {}
+    kinds = {"weights": bool(needs & {*WEIGHT_KINDS}), "inputs": bool(needs & {*INPUT_KINDS})}
+    return accumulate(model, graph, _scoring_batches(), **kinds)
+
+
+def _scoring_batches() -> Iterator[tuple[Tensor, Tensor]]:
+    images, labels, *_ = digits()
+    return zip(images.split(64), labels.split(64), strict=True)
+
+
+def _sparse(entry: Entry, model: nn.Module, remains: float) -> list[MakePolicy]:
+    """The policies of the first half, which aim at the row's budget."""
+    if entry.method == ("movement",):
+        return [Movement]
+    graph, num = traced(model), _num_parameters(model)
+    names = maskable(model, graph, entry.pattern)
+    total = sum(model.get_parameter(name).numel() for name in names)
+    budget = Budget(params=remains) if entry.prunes == "channels" else None
+    plan = partial(allocation.plan, graph, budget=budget, criterion="magnitude_l2", scope="layer", round_to=1)
+    aim = Aim(
+        graph=graph,
+        budget=budget,
+        plan_of=plan if budget else None,
+        names=names,
+        pattern=None if budget else entry.pattern,
+        keep=None if budget else (math.floor(remains * num) - (num - total)) / total,
+        scope=criteria.rule("weights", "magnitude").scope,
+        every=10,
+    )
+    return policies(entry.method, entry.strength, aim)
+
+
+def traced(model: nn.Module) -> Graph:
+    return trace(model, torch.zeros(1, 1, 8, 8))
+
+
+def maskable(model: nn.Module, graph: Graph, pattern: str) -> list[str]:
+    parameters = dict(model.named_parameters())
+    return [name for name in multiplied(graph, parameters) if fits(parameters[name].shape, pattern)]
+
+
+def _num_parameters(model: nn.Module) -> int:
+    return sum(p.numel() for p in model.parameters())

@@ -1,0 +1,253 @@
+"""Masks that training keeps, and masks that change while it goes on. True = keep.
+
+Masks cover weights, gradients, momentum and, at the end, averaged weights. Rank 0 decides, all ranks hold the same (`agreed`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models.graph import ROLES, Graph
+from pipeline.pruning.sparsity import Pattern, kept_fraction, weight_masks
+from pipeline.training.entries import entries_of, removed_entries
+from pipeline.training.penalties import PlanOf
+from pipeline.training.policy import Policy, Training, agreed, require_zeros
+
+
+class Masked(Policy):
+    """Masks that stay as they are: what was pruned stays zero, bit for bit, and the budget holds at every step."""
+
+    def __init__(self, training: Training, *, masks: Mapping[str, Tensor]) -> None:
+        self.training = training
+        unknown = sorted(set(masks) - set(training.parameters))
+        if unknown:
+            raise ValueError(
+                f"masks name {unknown[:3]}, which are no parameters of the network. They are of another one."
+            )
+        self._masks = {name: mask.to(training.device) for name, mask in masks.items()}
+        self._zero_()
+
+    def masks(self) -> Mapping[str, Tensor]:
+        return self._masks
+
+    @torch.no_grad()
+    def after_backward(self, step: int) -> None:
+        for name, mask in self._masks.items():
+            grad = self.training.parameters[name].grad
+            if grad is not None:
+                grad.mul_(mask)
+
+    @torch.no_grad()
+    def _zero_(self) -> None:
+        """Masked weights, and what the optimizer remembers of them."""
+        for name, mask in self._masks.items():
+            parameter = self.training.parameters[name]
+            parameter.masked_fill_(~mask, 0)
+            for value in self.training.optimizer.state.get(parameter, {}).values():
+                if isinstance(value, Tensor) and value.shape == parameter.shape:
+                    value.masked_fill_(~mask, 0)
+
+    def require_zeros(self) -> None:
+        require_zeros(self.training.parameters, self._masks)
+
+    @torch.no_grad()
+    def settle_(self, model: nn.Module) -> None:
+        own = dict(model.named_parameters())
+        for name, mask in self._masks.items():
+            own[name].masked_fill_(~mask.to(own[name].device), 0)
+
+    def figures(self) -> dict[str, float]:
+        if not self._masks:
+            return {"masked": 0.0}
+        kept = torch.stack([mask.sum() for mask in self._masks.values()]).sum()
+        return {"masked": 1 - float(kept) / sum(mask.numel() for mask in self._masks.values())}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"masks": self._masks}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._masks = {name: mask.to(self.training.device) for name, mask in state["masks"].items()}
+
+
+class Decisions:
+    """When masks are decided anew: every `every` steps, for the last time after `settled_after` of the training."""
+
+    def __init__(self, num_steps: int, every: int, settled_after: float) -> None:
+        self.every, self.last = every, max(1, round(settled_after * num_steps))
+
+    def at(self, num_updates: int) -> bool:
+        return num_updates == self.last or (num_updates < self.last and num_updates % self.every == 0)
+
+    def progress(self, num_updates: int) -> float:
+        """0 at the beginning, 1 from the last decision on."""
+        return min(1.0, num_updates / self.last)
+
+
+class _Changing(Masked):
+    """Masks of weights that are decided anew from time to time, in one pattern and scope."""
+
+    def __init__(
+        self,
+        training: Training,
+        *,
+        names: Sequence[str],
+        pattern: str,
+        keep: float | None,
+        scope: str,
+        every: int,
+        settled_after: float,
+    ) -> None:
+        self.names, self.pattern, self.scope = names, pattern, scope
+        self.keep = float(kept_fraction(pattern, keep))
+        self.decisions = Decisions(training.num_steps, every, settled_after)
+        super().__init__(training, masks={})
+
+    def by_magnitude(self, keep: float) -> dict[str, Tensor]:
+        """The largest weights stay; decided by rank 0, on the CPU."""
+        fraction = keep if Pattern.parse(self.pattern).num_keep is None else None  # N:M has its own
+
+        def decide() -> dict[str, Tensor]:
+            scores = {name: self.training.parameters[name].detach().abs().cpu() for name in self.names}
+            return weight_masks(scores, pattern=self.pattern, keep=fraction, scope=self.scope)
+
+        return agreed(decide, self.training)
+
+
+class Cubic(_Changing):
+    """Gradual magnitude pruning: the part that stays falls as keep + (1 - keep) (1 - t / T)^3; what is masked does not return.
+
+    Source: Zhu and Gupta, "To prune, or not to prune", 2017, equation 1.
+    """
+
+    def keep_at(self, num_updates: int) -> float:
+        return self.keep + (1 - self.keep) * (1 - self.decisions.progress(num_updates)) ** 3
+
+    def after_update(self, step: int, lr: float) -> None:
+        if self.decisions.at(step + 1):
+            self._masks = self.by_magnitude(self.keep_at(step + 1))
+            self._zero_()
+
+
+class DynamicPruningWithFeedback(Cubic):
+    """The dense weights are kept and updated, with the gradient taken at the masked ones: what was masked by mistake returns.
+
+    The part that stays falls as in `Cubic`, to which the paper's algorithm adds the feedback.
+
+    Source: Lin, Stich, Barba, Dmitriev, Jaggi, "Dynamic Model Pruning with Feedback" (DPF), ICLR 2020, algorithm 1.
+    """
+
+    def __init__(self, training: Training, **options: Any) -> None:
+        super().__init__(training, **options)
+        self.dense: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def before_forward(self, step: int) -> None:
+        for name, mask in self._masks.items():
+            parameter = self.training.parameters[name]
+            self.dense[name] = parameter.detach().clone()
+            parameter.mul_(mask)
+
+    @torch.no_grad()
+    def after_backward(self, step: int) -> None:
+        for name, dense in self.dense.items():
+            self.training.parameters[name].copy_(dense)
+        self.dense.clear()
+
+    def require_zeros(self) -> None:
+        """Dense weights have none until the training is over."""
+
+    def _zero_(self) -> None:
+        """Dense weights stay until the training is over (`settle_`)."""
+
+
+class RigL(_Changing):
+    """As many weights as always, but not the same: each decision drops small weights and grows those whose dense gradient is large.
+
+    A decision moves the fraction exchange / 2 (1 + cos(pi t / T)) of a layer's weights. Grown ones begin at zero. Unlike in the
+    paper, the update of a deciding step is made, too.
+
+    Source: Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery", ICML 2020, algorithm 1.
+    """
+
+    def __init__(self, training: Training, *, exchange: float, **options: Any) -> None:
+        if options["pattern"] != "unstructured":
+            raise ValueError(
+                f"rigl moves single weights; masks.pattern is {options['pattern']}. Choose unstructured, or the method dpf."
+            )
+        super().__init__(training, **options)
+        self.exchange = exchange
+        self._masks = self.by_magnitude(self.keep)
+        self._zero_()
+
+    @torch.no_grad()
+    def after_backward(self, step: int) -> None:
+        if step and self.decisions.at(step):
+            fraction = self.exchange / 2 * (1 + math.cos(math.pi * self.decisions.progress(step)))
+            self._masks = agreed(lambda: {name: self._moved(name, fraction) for name in self._masks}, self.training)
+            self._zero_()
+        super().after_backward(step)
+
+    def _moved(self, name: str, fraction: float) -> Tensor:
+        parameter, mask = self.training.parameters[name], self._masks[name]
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        return moved(parameter.detach(), grad, mask, fraction)
+
+
+def moved(weight: Tensor, grad: Tensor, mask: Tensor, fraction: float) -> Tensor:
+    """The mask after dropping round(fraction * kept) of the smallest kept weights, and growing as many of the rest by |gradient|.
+
+    What was just dropped may grow again. Of equal values the first goes, or comes, first.
+    """
+    kept = mask.reshape(-1)
+    count = round(fraction * int(kept.sum()))
+    size = weight.reshape(-1).abs().masked_fill(~kept, torch.inf)
+    stays = kept.clone()
+    stays[size.argsort(stable=True)[:count]] = False
+    gain = grad.reshape(-1).abs().masked_fill(stays, -1)
+    stays[gain.argsort(stable=True, descending=True)[:count]] = True
+    return stays.reshape(mask.shape)
+
+
+class SoftFilter(Masked):
+    """Channels of least norm are set to zero where they are written, again and again; they train on and may return. In the end they stay.
+
+    Which ones is decided by the budget. Norms keep their scales and shifts until the last decision, as in the paper; from then on all
+    that a cut would take away is masked.
+
+    Source: He, Kang, Dong, Fu, Yang, "Soft Filter Pruning", IJCAI 2018, algorithm 1.
+    """
+
+    def __init__(self, training: Training, *, graph: Graph, plan_of: PlanOf, every: int, settled_after: float) -> None:
+        super().__init__(training, masks={})
+        self.plan_of = plan_of
+        self.groups = entries_of(graph, training.parameters, ("out",))
+        self.sizes = {group.name: group.size for group in graph.groups}
+        self.decisions = Decisions(training.num_steps, every, settled_after)
+
+    def after_update(self, step: int, lr: float) -> None:
+        if not self.decisions.at(step + 1):
+            return
+        settled = step + 1 == self.decisions.last
+        removed = agreed(lambda: self._decide(settled), self.training)
+        if settled:
+            self._masks = removed
+            self._zero_()
+        else:
+            self._zero_once_(removed)
+
+    def _decide(self, settled: bool) -> dict[str, Tensor]:
+        norms = {entries.name: entries.norms().double().cpu() for entries in self.groups}
+        saliency = {n: norms.get(n, torch.ones(size, dtype=torch.float64)) for n, size in self.sizes.items()}
+        saliency = {name: norm / norm.mean().clamp(min=1e-12) for name, norm in saliency.items()}
+        parameters = {name: p.detach() for name, p in self.training.parameters.items()}
+        return removed_entries(self.plan_of(saliency), parameters, ROLES if settled else ("out",))
+
+    @torch.no_grad()
+    def _zero_once_(self, masks: Mapping[str, Tensor]) -> None:
+        for name, mask in masks.items():
+            self.training.parameters[name].mul_(mask)

@@ -1,0 +1,150 @@
+"""The methods of sparse training by name: what each acts on, and how it is made from what a run aims at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from pipeline.models.graph import Graph
+from pipeline.pruning.plan import Budget
+from pipeline.training import dynamic, gates, penalties
+from pipeline.training.penalties import PlanOf
+from pipeline.training.policy import MakePolicy
+
+
+@dataclass(frozen=True, kw_only=True)
+class Aim:
+    """What is to be reached, in plain arguments; of the two parts only that is needed on which the method acts."""
+
+    graph: Graph
+    budget: Budget | None = None
+    """For channels; None: none are removed."""
+    min_keep: float = 0.1
+    """Of each group, whatever the budget."""
+    plan_of: PlanOf | None = None
+    """The channels that stay within the budget, by a saliency. Picklable."""
+    names: Sequence[str] = ()
+    """Weights that masks may cover, and that penalties of single weights act on."""
+    pattern: str | None = None
+    """Of the masks; None: no weights are masked."""
+    keep: float | None = None
+    """Fraction of these weights that stays, where the pattern leaves it open."""
+    scope: str = "layer"
+    every: int = 20
+    settled_after: float = 0.75
+    exchange: float = 0.3
+    gate_lr: float = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Method:
+    """One way to train towards zeros."""
+
+    make: Callable[[Aim, float], MakePolicy]
+    """(aim, strength) -> policy of the workers."""
+    acts_on: Literal["weights", "channels", "masks", "either"]
+    """Single weights; channels within budget.params or budget.macs; masks of weights (masks.pattern); channels if there is a budget for
+    them, otherwise masks."""
+    strength: float = 0.0
+    """Default; 0: it has none."""
+
+
+def _on_weights(kind: type) -> Callable[[Aim, float], MakePolicy]:
+    return lambda aim, strength: partial(
+        kind, names=aim.names, strength=strength, keep=aim.keep or 0.0, every=aim.every
+    )
+
+
+def _on_groups(kind: type, **more: str) -> Callable[[Aim, float], MakePolicy]:
+    def make(aim: Aim, strength: float) -> MakePolicy:
+        own = {name: getattr(aim, field) for name, field in more.items()}
+        assert aim.budget is not None
+        until = {"measure": aim.budget.measure, "fraction": aim.budget.fraction}
+        return partial(kind, graph=aim.graph, strength=strength, every=aim.every, **until, **own)
+
+    return make
+
+
+def _growing(aim: Aim, strength: float) -> MakePolicy:
+    assert aim.plan_of is not None
+    kind = partial(penalties.Growing, every=aim.every, settled_after=aim.settled_after)
+    return partial(kind, graph=aim.graph, strength=strength, plan_of=aim.plan_of)
+
+
+def _soft_filter(aim: Aim, strength: float) -> MakePolicy:
+    assert aim.plan_of is not None
+    kind = partial(dynamic.SoftFilter, every=aim.every, settled_after=aim.settled_after)
+    return partial(kind, graph=aim.graph, plan_of=aim.plan_of)
+
+
+def _masks(kind: type, **more: str) -> Callable[[Aim, float], MakePolicy]:
+    def make(aim: Aim, strength: float) -> MakePolicy:
+        assert aim.pattern is not None
+        options = {"names": aim.names, "pattern": aim.pattern, "keep": aim.keep, "scope": aim.scope}
+        timing = {"every": aim.every, "settled_after": aim.settled_after}
+        return partial(kind, **options, **timing, **{name: getattr(aim, field) for name, field in more.items()})
+
+    return make
+
+
+def _hard_concrete(aim: Aim, strength: float) -> MakePolicy:
+    if aim.budget is not None:
+        channels = partial(gates.channel_gates, graph=aim.graph)
+        channels = partial(channels, measure=aim.budget.measure, budget=aim.budget.fraction)
+        return partial(channels, lr=aim.gate_lr, settled_after=aim.settled_after)
+    assert aim.keep is not None
+    weights = partial(gates.weight_gates, names=aim.names, budget=aim.keep)
+    return partial(weights, lr=aim.gate_lr, settled_after=aim.settled_after)
+
+
+METHODS: dict[str, Method] = {
+    "l1_sign": Method(_on_weights(penalties.L1Sign), "weights", 1e-3),
+    "l1_prox": Method(_on_weights(penalties.L1Prox), "weights", 1e-3),
+    "l0_sign": Method(_on_weights(penalties.L0Sign), "weights", 1e-3),
+    "group_lasso": Method(_on_groups(penalties.GroupLasso, min_keep="min_keep"), "channels", 1e-3),
+    "bn_slimming": Method(_on_groups(penalties.BnSlimming), "channels", 1e-2),
+    "growing": Method(_growing, "channels", 1e-2),
+    "hard_concrete": Method(_hard_concrete, "either"),
+    "soft_filter": Method(_soft_filter, "channels"),
+    "cubic": Method(_masks(dynamic.Cubic), "masks"),
+    "rigl": Method(_masks(dynamic.RigL, exchange="exchange"), "masks"),
+    "dpf": Method(_masks(dynamic.DynamicPruningWithFeedback), "masks"),
+}
+"""Name in `sparsify.method` -> what it is."""
+
+
+def policies(names: Sequence[str], strengths: Sequence[float], aim: Aim) -> list[MakePolicy]:
+    """The policies of a training, in the given order.
+
+    Args:
+        strengths: one for each name; empty: each one's default.
+
+    Raises:
+        ValueError: see `require_aims`.
+    """
+    require_aims(names, budget=aim.budget is not None, pattern=aim.pattern, keep=aim.keep)
+    methods = [METHODS[name] for name in names]
+    given = strengths or [method.strength for method in methods]
+    return [method.make(aim, strength) for method, strength in zip(methods, given, strict=True)]
+
+
+def require_aims(names: Sequence[str], *, budget: bool, pattern: str | None, keep: float | None) -> None:
+    """ValueError for a method that is unknown, or whose aim is not stated; with the way out."""
+    for name in names:
+        if name not in METHODS:
+            raise ValueError(f"sparsify.method {name!r} is unknown; known methods: {', '.join(METHODS)}.")
+        acts_on = METHODS[name].acts_on
+        if acts_on == "channels" and not budget:
+            raise ValueError(
+                f"sparsify.method {name} acts on channels: give budget.params or budget.macs, the fraction that remains."
+            )
+        if acts_on == "masks" and pattern is None:
+            raise ValueError(
+                f"sparsify.method {name} masks weights: give masks.pattern, and masks.keep, the fraction that stays."
+            )
+        if acts_on == "either" and not budget and keep is None:
+            raise ValueError(
+                f"sparsify.method {name} needs an aim: budget.params or budget.macs for channels, or masks.keep for single weights."
+            )
