@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.models.graph import ROLES, Graph
+from pipeline.models.graph import Graph
+from pipeline.pruning.plan import Plan
 from pipeline.pruning.sparsity import Pattern, kept_fraction, weight_masks
+from pipeline.saliency.channel_rules import Saliency, is_norm
 from pipeline.training.entries import entries_of, removed_entries
 from pipeline.training.penalties import PlanOf
 from pipeline.training.policy import Policy, Training, agreed, require_zeros
@@ -72,6 +74,16 @@ class Masked(Policy):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self._masks = {name: mask.to(self.training.device) for name, mask in state["masks"].items()}
+
+
+def silence_(grad: Tensor | None, mask: Tensor) -> None:
+    """No gradient for outputs that have no weight left.
+
+    Such an output has no variance, and a norm behind it multiplies its gradient by 1 / sqrt(eps), about 300: it would outbid all others
+    and come back with a huge weight. On digits, at 10 % of the weights, RigL ended at 93 % with this and at 88 % without.
+    """
+    if grad is not None:
+        grad.mul_(mask.flatten(1).any(1).reshape(-1, *[1] * (grad.dim() - 1)))
 
 
 class Decisions:
@@ -155,7 +167,9 @@ class DynamicPruningWithFeedback(Cubic):
     @torch.no_grad()
     def after_backward(self, step: int) -> None:
         for name, dense in self.dense.items():
-            self.training.parameters[name].copy_(dense)
+            parameter = self.training.parameters[name]
+            silence_(parameter.grad, self._masks[name])
+            parameter.copy_(dense)
         self.dense.clear()
 
     def require_zeros(self) -> None:
@@ -169,7 +183,7 @@ class RigL(_Changing):
     """As many weights as always, but not the same: each decision drops small weights and grows those whose dense gradient is large.
 
     A decision moves the fraction exchange / 2 (1 + cos(pi t / T)) of a layer's weights. Grown ones begin at zero. Unlike in the
-    paper, the update of a deciding step is made, too.
+    paper, the update of a deciding step is made, too, and outputs that have lost all weights stay so (`silence_`).
 
     Source: Evci, Gale, Menick, Castro, Elsen, "Rigging the Lottery", ICML 2020, algorithm 1.
     """
@@ -194,7 +208,8 @@ class RigL(_Changing):
 
     def _moved(self, name: str, fraction: float) -> Tensor:
         parameter, mask = self.training.parameters[name], self._masks[name]
-        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+        silence_(grad, mask)
         return moved(parameter.detach(), grad, mask, fraction)
 
 
@@ -214,40 +229,56 @@ def moved(weight: Tensor, grad: Tensor, mask: Tensor, fraction: float) -> Tensor
 
 
 class SoftFilter(Masked):
-    """Channels of least norm are set to zero where they are written, again and again; they train on and may return. In the end they stay.
+    """Channels of least size are set to zero again and again; they train on and may return. In the end they stay, and the budget is met.
 
-    Which ones is decided by the budget. Norms keep their scales and shifts until the last decision, as in the paper; from then on all
-    that a cut would take away is masked.
+    The size of a channel is that of its norm's scale, or the L2 norm of its filter where there is no norm, relative to its
+    group's mean. What the budget removes is set to zero part by part, 1 - (1 - t / T)^3 of it at time t. After the last
+    decision all that a cut would take away is masked.
 
-    Source: He, Kang, Dong, Fu, Yang, "Soft Filter Pruning", IJCAI 2018, algorithm 1.
+    Unlike in the paper, the scale of the norm is set to zero where there is a norm, and the filter keeps its weights: a filter of
+    zeros has no variance, so that the norm multiplies its gradient by 1 / sqrt(eps), about 300. The filter then comes back with a
+    huge L2 norm, which means nothing behind a norm, and learns as slowly. The shift stays, as in the paper.
+
+    Source: He, Kang, Dong, Fu, Yang, "Soft Filter Pruning", IJCAI 2018, algorithm 1; the rising part: He et al., "Asymptotic Soft
+    Filter Pruning", IEEE Transactions on Cybernetics 2019.
     """
 
     def __init__(self, training: Training, *, graph: Graph, plan_of: PlanOf, every: int, settled_after: float) -> None:
         super().__init__(training, masks={})
         self.plan_of = plan_of
-        self.groups = entries_of(graph, training.parameters, ("out",))
-        self.sizes = {group.name: group.size for group in graph.groups}
         self.decisions = Decisions(training.num_steps, every, settled_after)
+        scales = {m.tensor for group in graph.groups for m in group.members if is_norm(m, graph)}
+        norms = {name: p for name, p in training.parameters.items() if name in scales}
+        self.sized = {entries.name: entries for entries in entries_of(graph, training.parameters, ("out",))}
+        self.sized |= {entries.name: entries for entries in entries_of(graph, norms)}
+        """What tells the size of a channel, and is set to zero: the scale of its norm, else its filter."""
 
     def after_update(self, step: int, lr: float) -> None:
         if not self.decisions.at(step + 1):
             return
-        settled = step + 1 == self.decisions.last
-        removed = agreed(lambda: self._decide(settled), self.training)
-        if settled:
-            self._masks = removed
+        share = 1 - (1 - self.decisions.progress(step + 1)) ** 3
+        if step + 1 == self.decisions.last:
+            self._masks = agreed(self._all_removed, self.training)
             self._zero_()
-        else:
-            self._zero_once_(removed)
+            return
+        for name, kept_C in agreed(lambda: self._kept(share), self.training).items():
+            self.sized[name].scale_(kept_C.float())
 
-    def _decide(self, settled: bool) -> dict[str, Tensor]:
-        norms = {entries.name: entries.norms().double().cpu() for entries in self.groups}
-        saliency = {n: norms.get(n, torch.ones(size, dtype=torch.float64)) for n, size in self.sizes.items()}
-        saliency = {name: norm / norm.mean().clamp(min=1e-12) for name, norm in saliency.items()}
-        parameters = {name: p.detach() for name, p in self.training.parameters.items()}
-        return removed_entries(self.plan_of(saliency), parameters, ROLES if settled else ("out",))
+    def _plan(self) -> tuple[Plan, Saliency]:
+        sizes = {name: entries.norms().double().cpu() for name, entries in self.sized.items()}
+        saliency = {name: size_C / size_C.mean().clamp(min=1e-12) for name, size_C in sizes.items()}
+        return self.plan_of(saliency), saliency
 
-    @torch.no_grad()
-    def _zero_once_(self, masks: Mapping[str, Tensor]) -> None:
-        for name, mask in masks.items():
-            self.training.parameters[name].mul_(mask)
+    def _kept(self, share: float) -> dict[str, Tensor]:
+        """Channels that are not set to zero now: of those that the budget removes the smallest part, and no other, is."""
+        plan, saliency = self._plan()
+        kept = {}
+        for group in plan.groups:
+            removed = sorted(group.removed, key=lambda c: (float(saliency[group.name][c]), c))
+            kept[group.name] = torch.ones(group.size, dtype=torch.bool)
+            kept[group.name][removed[: round(share * len(removed))]] = False
+        return kept
+
+    def _all_removed(self) -> dict[str, Tensor]:
+        plan, _ = self._plan()
+        return removed_entries(plan, {name: p.detach() for name, p in self.training.parameters.items()})

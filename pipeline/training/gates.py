@@ -112,6 +112,7 @@ class HardConcrete(Policy):
         budget: float,
         lr: float,
         settled_after: float,
+        min_open: float = 0.0,
     ) -> None:
         self.training, self.gates, self.remaining = training, gates, remaining
         self.budget, self.aim_steps = budget, max(1, round(settled_after * training.num_steps))
@@ -119,6 +120,7 @@ class HardConcrete(Policy):
             name: torch.full(gate.size, INITIAL_ALPHA, device=training.device, requires_grad=True)
             for name, gate in gates.items()
         }
+        self.min_open = min_open
         self.adam = torch.optim.Adam(self.alphas.values(), lr=lr)
         self.left = 1.0
         self.weights: dict[str, Tensor] = {}
@@ -151,6 +153,7 @@ class HardConcrete(Policy):
         gradients = {tensor: self._restored(tensor, factor) for tensor, factor in self.factors.items()}
         torch.autograd.backward([*self.factors.values()], [*gradients.values()])
         self.adam.step()
+        self._hold_open_()
         self._steer_(1 - (1 - self.budget) * min(1.0, (step + 1) / self.aim_steps))
         self.factors = {}
 
@@ -164,6 +167,13 @@ class HardConcrete(Policy):
         gradient = (parameter.grad * weight).sum_to_size(factor.shape).to(factor.dtype)
         parameter.grad.mul_(factor)
         return gradient
+
+    @torch.no_grad()
+    def _hold_open_(self) -> None:
+        """The most open `min_open` of each group, which no plan would remove: otherwise a whole layer may close."""
+        for alpha in self.alphas.values() if self.min_open else ():
+            best = alpha.topk(math.ceil(self.min_open * len(alpha))).indices
+            alpha[best] = alpha[best].clamp(min=INITIAL_ALPHA)
 
     def _steer_(self, aim: float) -> None:
         """Move the gates along the gradient of the expected cost until it is the aim: alpha - m * dr/dalpha for the m that does it."""
@@ -217,7 +227,14 @@ class HardConcrete(Policy):
 
 
 def channel_gates(
-    training: Training, *, graph: Graph, measure: Measure, budget: float, lr: float, settled_after: float
+    training: Training,
+    *,
+    graph: Graph,
+    measure: Measure,
+    budget: float,
+    lr: float,
+    settled_after: float,
+    min_keep: float = 0.1,
 ) -> HardConcrete:
     """Gates on the channels of every group; `budget` is the fraction of parameters or MACs that remains."""
     gates = {entries.name: ChannelGates(entries) for entries in entries_of(graph, training.parameters, ("in",))}
@@ -230,6 +247,7 @@ def channel_gates(
         budget=budget,
         lr=lr,
         settled_after=settled_after,
+        min_open=min_keep,
     )
 
 

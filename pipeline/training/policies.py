@@ -91,7 +91,7 @@ def _masks(kind: type, **more: str) -> Callable[[Aim, float], MakePolicy]:
 
 def _hard_concrete(aim: Aim, strength: float) -> MakePolicy:
     if aim.budget is not None:
-        channels = partial(gates.channel_gates, graph=aim.graph)
+        channels = partial(gates.channel_gates, graph=aim.graph, min_keep=aim.min_keep)
         channels = partial(channels, measure=aim.budget.measure, budget=aim.budget.fraction)
         return partial(channels, lr=aim.gate_lr, settled_after=aim.settled_after)
     assert aim.keep is not None

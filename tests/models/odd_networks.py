@@ -631,6 +631,32 @@ def into_the_middle_of_space(m: Any, x: Tensor) -> Tensor:
     return room
 
 
+def write_into_space(room: Tensor, x: Tensor) -> Tensor:
+    room[:, :, 1:7] = x[:, :, :6]
+    return room
+
+
+def write_two(m: Any, x: Tensor) -> Tensor:
+    room = x.new_zeros(x.shape[0], x.shape[1], 8, 16)
+    room[..., :8] = x
+    room[..., 8:] = m.d(x)
+    return room
+
+
+def write_across_channels(m: Any, x: Tensor) -> Tensor:
+    """The channels of what is written lie along the rows of the room."""
+    room = x.new_zeros(x.shape[0], 12, 14, 8)
+    room[:, :8, 2:] = x.transpose(1, 2)
+    return room
+
+
+def seen_from_before(m: Any, x: Tensor) -> Tensor:
+    room = x.new_zeros(x.shape[0], x.shape[1], 8, 8)
+    early = room.flatten(2)
+    room[:, :, 1:7] = x[:, :, 1:7]
+    return early.view(x.shape) * m.d(x)
+
+
 ODD: dict[str, Odd] = {
     # --- moving axes ---
     "view": right(images(lambda m, x: x.view(*x.shape[:2], -1).view(x.shape))),
@@ -745,7 +771,7 @@ ODD: dict[str, Odd] = {
     "pad space with a constant": right(images(lambda m, x: F.pad(x, (1, 2, 0, 1), value=0.7))),
     "pad space by reflection": right(images(lambda m, x: F.pad(x, (1, 2, 0, 1), "reflect"))),
     "pad space by replication": right(images(lambda m, x: F.pad(x, (1, 2, 0, 1), "replicate"))),
-    "pad space in a circle": refused(images(lambda m, x: F.pad(x, (1, 2, 0, 1), "circular"))),
+    "pad space in a circle": right(images(lambda m, x: F.pad(x, (1, 2, 0, 1), "circular"))),
     "repeat the channels": right(images(lambda m, x: x.repeat(1, 2, 1, 1), reads=24)),
     "repeat_interleave the channels": right(images(lambda m, x: x.repeat_interleave(2, 1), reads=24)),
     "repeat_interleave the features": right(tokens(lambda m, x: x.repeat_interleave(2, -1), reads=24)),
@@ -812,8 +838,8 @@ ODD: dict[str, Odd] = {
     "conv1d": right(images(lambda m, x: m.d(x.flatten(2)), b=nn.Conv1d(7, 6, 1), d=nn.Conv1d(12, 7, 3)), "a", "odd.d", "b"),
     "conv3d": right(images(lambda m, x: m.d(x[:, :, None])[:, :, 0], reads=7, d=nn.Conv3d(12, 7, (1, 3, 3))), "a", "odd.d", "b"),
     "dilated and strided": right(images(lambda m, x: m.d(x), reads=7, d=conv(12, 7, 3, dilation=2, stride=2)), "a", "odd.d", "b"),
-    "circular convolution": refused(
-        images(lambda m, x: m.d(x), reads=7, d=conv(12, 7, 3, padding=1, padding_mode="circular")), groups=("odd.d", "b")
+    "circular convolution": right(
+        images(lambda m, x: m.d(x), reads=7, d=conv(12, 7, 3, padding=1, padding_mode="circular")), "a", "odd.d", "b"
     ),
     "convolution, same padding": right(images(lambda m, x: m.d(x), reads=7, d=conv(12, 7, 3, padding="same")), "a", "odd.d", "b"),
     "blur": right(images(lambda m, x: F.conv2d(x, m.k.expand(x.shape[1], 1, 3, 3), groups=x.shape[1]), k=torch.full((1, 1, 3, 3), 0.1))),
@@ -1104,7 +1130,13 @@ ODD: dict[str, Odd] = {
     "add to channels": refused(images(InPlacePartAdd(k=4))),
     "index_put": refused(images(write_by_index)),
     "write into a room of zeros": refused(images(Room(size=15), reads=15)),
-    "write into the middle of space": refused(images(into_the_middle_of_space)),  # unsure: every channel is written
+    "write into the middle of space": right(images(into_the_middle_of_space)),
+    "write two values into one": right(images(write_two, d=conv(12, 12))),
+    "write one value for all channels": right(images(lambda m, x: write_into_space(x.clone(), x.sum(1, keepdim=True)))),
+    "write numbers of the code into space": refused(images(lambda m, x: write_into_space(x.clone(), ramp(1, 12, 8, 8)))),
+    "write in another order": right(images(lambda m, x: write_into_space(x.new_zeros(x.shape), x.transpose(2, 3)))),
+    "write across the channels": refused(images(write_across_channels), reason="written into a part"),
+    "seen by a view from before": refused(images(seen_from_before, d=conv(12, 12)), "a", "odd.d"),
     "fill zeros_like": right(images(into_zeros_like)),
     "relu_": right(images(lambda m, x: x.clone().relu_())),
     "add_": right(images(lambda m, x: x.add_(m.d(x)), d=conv(12, 12))),

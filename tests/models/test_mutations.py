@@ -297,14 +297,14 @@ HARMLESS: dict[str, tuple[str, set[str]]] = {
     ),
     ELEMENTWISE: (
         "the rule is a join that freezes more, or the labels of its one operand pass as they do in a join",
-        {"along_one_axis", "as_strided", "copy", "fill", "fresh", "join", "like", "position", "reads_values", "same",
+        {"along_one_axis", "as_strided", "fill", "fresh", "join", "like", "position", "reads_values", "same",
          "window1d", "window3d"},
     ),
     "drops the labels": (
         "it works in place, or the channels are frozen anyway",
-        {"as_strided", "barrier", "copy", "fill", "position"},
+        {"as_strided", "barrier", "fill", "position"},
     ),
-    "unites nothing": ("the same channels are united where they are read", {"col2im", "copy", "picked", "slice_"}),
+    "unites nothing": ("the same channels are united where they are read", {"col2im", "picked", "slice_"}),
     "unites neighbours": ("what meets there is frozen", {"layer_norm", "picked"}),
     "turns the labels round": ("of a tensor that is the same everywhere", {"fill", "like"}),
     "tells of no statistic": ("the channels are frozen", {"position"}),

@@ -11,7 +11,17 @@ from pipeline.pruning import allocation
 from pipeline.pruning.plan import Budget
 from pipeline.pruning.surgery import cut
 from pipeline.pruning.verify import verify
-from pipeline.training.dynamic import Cubic, Decisions, DynamicPruningWithFeedback, Masked, RigL, SoftFilter, moved
+from pipeline.saliency.channel_rules import magnitude_l2
+from pipeline.training.dynamic import (
+    Cubic,
+    Decisions,
+    DynamicPruningWithFeedback,
+    Masked,
+    RigL,
+    SoftFilter,
+    moved,
+    silence_,
+)
 from pipeline.training.policy import Policies
 from tests.training.sparse import CLASSES, WEIGHTS, Batches, Line, accuracy, graph, network, on, trained
 from tests.training.toy import same_tensors
@@ -177,25 +187,53 @@ def test_weights_that_dpf_masked_return_and_those_of_cubic_do_not():
     assert returned(masks_over_time(DynamicPruningWithFeedback)) > 0
 
 
-def test_soft_filters_return_and_in_the_end_go_with_all_that_a_cut_takes():
+def test_soft_filters_go_part_by_part_and_in_the_end_with_all_that_a_cut_takes():
     plan_of = partial(allocation.plan, graph(), budget=Budget(params=0.4), criterion="magnitude_l2", scope="layer")
-    removed = []
+    zeroed: list[set[int]] = []
 
     class Watched(SoftFilter):
-        def _zero_once_(self, masks):
-            removed.append({*(~masks["0.weight"]).flatten(1).all(1).nonzero()[:, 0].tolist()})
-            super()._zero_once_(masks)
+        def _kept(self, share):
+            kept = super()._kept(share)
+            zeroed.append({*(~kept["3"]).nonzero()[:, 0].tolist()})
+            return kept
 
     result = trained([partial(Watched, graph=graph(), plan_of=plan_of, every=5, settled_after=0.7)], lr=0.1)
-    assert len(set(map(frozenset, removed))) > 1  # other channels at other times
+    assert len(zeroed[0]) < len(zeroed[-1])  # part by part
     state = result.state_dict
     model = network()
     model.load_state_dict(state)
-    norms = {g.name: (state[f"{g.name}.weight"].flatten(1).norm(dim=1)).double() for g in graph().groups}
-    plan = allocation.plan(graph(), norms, Budget(params=0.4), criterion="magnitude_l2", scope="layer")
+    plan = plan_of(magnitude_l2(graph(), {}, state, 0))
     images = torch.randn(8, 3, 6, 6, generator=torch.Generator().manual_seed(1))
     assert verify(cut(model.eval(), plan), model, images).max_rel < 1e-5
     assert accuracy(state) > CHANCE + 0.5
+
+
+def test_a_soft_zero_takes_the_scale_of_the_norm_and_what_grows_again_returns():
+    model = network()
+    plan_of = partial(allocation.plan, graph(), budget=Budget(params=0.4), criterion="magnitude_l2", scope="layer")
+    with torch.no_grad():
+        model[1].weight.copy_(torch.arange(1, 17))
+        model[1].bias.fill_(1.0)
+    policy = SoftFilter(on(model, num_steps=100), graph=graph(), plan_of=plan_of, every=10, settled_after=1.0)
+    before = model[0].weight.detach().clone()
+    policy.after_update(9, 0.1)  # 1 - 0.9^3 = 27 % of what the budget removes
+    removed = len(plan_of(policy._plan()[1]).groups[0].removed)
+    gone = round(0.271 * removed)
+    assert model[1].weight.tolist() == [0.0] * gone + [float(c) for c in range(gone + 1, 17)]
+    assert model[1].bias.tolist() == [1.0] * 16
+    assert torch.equal(model[0].weight, before)
+    with torch.no_grad():
+        model[1].weight[0] = 20.0  # as if training had brought it back
+    policy.after_update(19, 0.1)
+    assert model[1].weight[0] == 20
+    assert model[1].weight[gone] == 0
+
+
+def test_outputs_without_weights_have_no_gradient():
+    grad = torch.ones(3, 2)
+    silence_(grad, torch.tensor([[True, False], [False, False], [True, True]]))
+    assert grad.tolist() == [[1, 1], [0, 0], [1, 1]]
+    silence_(None, torch.ones(1, 1, dtype=torch.bool))
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "soft_filter"])

@@ -145,6 +145,16 @@ def test_a_resumed_training_with_gates_equals_the_undisturbed_one(tmp_path, gate
     assert same_tensors(whole.statistics, resumed.statistics)
 
 
+def test_the_most_open_gates_of_each_group_stay_open():
+    policy = channel_gates(
+        on(network()), graph=graph(), measure="params", budget=0.1, lr=0.1, settled_after=1.0, min_keep=0.25
+    )
+    with torch.no_grad():
+        policy.alphas["0"].copy_(-torch.arange(1.0, 17.0))
+    policy._hold_open_()
+    assert policy.alphas["0"].tolist() == [2.0] * 4 + [-float(c) for c in range(5, 17)]
+
+
 def test_a_network_without_groups_has_nothing_to_gate():
     with pytest.raises(ValueError, match="nothing to gate"):
         channel_gates(on(Line([1.0])), graph=chain(2, 3), measure="params", budget=0.5, lr=0.1, settled_after=1.0)

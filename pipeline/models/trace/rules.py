@@ -55,25 +55,27 @@ def fill(trace: Trace, call: Call) -> None:
 
 @rule("aten::copy", kind="join")
 def copy(trace: Trace, call: Call) -> None:
-    """Writing a whole tensor is a join, and so is writing all channels, into a part of space; other parts are not followed."""
-    target, base = call.tensors[0], call.tensors[0]._base
+    """Writing a whole tensor is a join, and so is writing all channels into a part of space; other parts are not followed."""
+    target, source = call.tensors
+    base = target._base
     if base is not None:
-        labels = [label for label in map(trace.label, (base, *call.tensors)) if label is not None]
-        kept = all(
-            base.dim() == target.dim() and (base.shape[axis], base.stride(axis)) == (target.shape[axis], target.stride(axis))
-            for label in labels for axis in label.axes
-        )  # fmt: skip
-        if not (kept and labels and call.tensors[1].shape == target.shape):
+        axes = {axis for tensor in (base, target, source) for axis in (trace.label(tensor) or Label()).axes}
+        same_axes = base.dim() == target.dim() == source.dim()
+        if axes and same_axes and all(_size(target, axis) == _size(base, axis) for axis in axes):
+            joined = {axis: trace.join_along(call, [(base, axis), (source, axis)]) for axis in axes}
+            label = Label({a: ids for a, ids in joined.items() if ids is not None}, trace.reason(call, WRITTEN))
+            trace.put(base, label)
+            trace.put(target, label)
+        else:
             barrier(trace, call, WRITTEN)
-            return
-        axes = {axis: trace.join_along(call, [(base, axis), (call.tensors[1], axis)]) for axis in range(base.dim())}
-        note = trace.reason(call, WRITTEN)
-        trace.put(base, Label({axis: ids for axis, ids in axes.items() if ids is not None}, note))
-        trace.put(target, trace.label(base))
     elif trace.label(target) is None:
         trace.put(call.outputs[0], trace.join(call, call.tensors[1:], shape=target.shape))
     else:
         join(trace, call)
+
+
+def _size(x: Tensor, axis: int) -> tuple[int, int]:
+    return x.shape[axis], x.stride(axis)
 
 
 # --- move: the operation runs on the labels themselves ----------------------------------------------------------------

@@ -30,7 +30,7 @@ from pipeline.models.modes import eval_mode, uncached
 from pipeline.models.trace import contractions, statistics
 from pipeline.models.trace.groups import SiteKey, graph_of
 from pipeline.models.trace.labels import Ids, Label, Reason, Slots, core, spread
-from pipeline.models.trace.rules import DECIDES, barrier, join, merge, tied
+from pipeline.models.trace.rules import DECIDES, WRITTEN, barrier, join, merge, tied
 from pipeline.models.trace.sizes import PythonCall, Stated
 from pipeline.models.trace.table import Call, Rule, find, tensors_in
 
@@ -147,8 +147,10 @@ class Trace:
         for tensor in call.mutated:
             self._same.pop(tensor, None)
             base = tensor._base
-            if base is not None and self.label(tensor) is not None and self.label(base) is None:
-                self.put(base, Label(note=self.reason(call, "values are written into a part of a tensor")))
+            if base is not None and self.label(tensor) is not None:
+                self._same.pop(base, None)
+                if self.label(base) is None:
+                    self.put(base, Label(note=self.reason(call, WRITTEN)))
 
     def join(
         self, call: Call, tensors: Sequence[Tensor], *, shape: torch.Size | None = None, skip: int | None = None
