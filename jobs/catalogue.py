@@ -3,23 +3,29 @@
     python -m jobs.catalogue                                 # about 20 minutes on two cores; the same command resumes
     python -m jobs.catalogue --only taylor rigl --seeds 0    # some rows
 
-scikit-learn's 1,797 digits of 8 x 8 pixels, the last fifth for validation. Each row trains 12 epochs after the dense network: all of them as
-recovery, or 6 with penalties, gates or changing masks and 6 as recovery. What remains is counted in parameters that are not zero, over
+scikit-learn's 1,797 digits of 8 x 8 pixels, the last fifth for validation. Each row trains 6 epochs after the dense network: all of them as
+recovery, or 3 with penalties, gates or changing masks and 3 as recovery. What remains is counted in parameters that are not zero, over
 those of the dense network. Needs the extra `demo`. Every row and seed is a task of its own on the connected Ray cluster.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from pathlib import Path
+from statistics import mean, stdev
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.execution.pool import connect
+from pipeline.execution.tasks import run_tasks
 from pipeline.models.graph import Graph
 from pipeline.pruning import allocation
 from pipeline.pruning.masks import masked
@@ -36,11 +42,11 @@ from pipeline.training.policies import Aim, policies
 from pipeline.training.policy import MakePolicy, Movement
 from pipeline.training.settings import TrainSettings
 
-REMAINS = (0.5, 0.3, 0.2, 0.1, 0.05)
-EPOCHS = 12
+REMAINS = (0.5, 0.2, 0.1, 0.05, 0.02)
+EPOCHS = 6
+"""Of each row."""
+DENSE_EPOCHS = 24
 BATCH = 32
-SHOWN = 0.1
-"""The budget of the table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +187,7 @@ def fit(
         epochs=epochs,
         batch_size=BATCH,
         lr=0.1 if entry is None or rewinding else 0.05,
-        rewind_epochs=2.0 * EPOCHS if rewinding else None,
+        rewind_epochs=DENSE_EPOCHS if rewinding else None,
         weight_decay=1e-4,
         ema_decay=0.98,
         distill_weight=0.0 if entry is None else entry.distill,
@@ -205,9 +211,9 @@ def with_weights(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
 
 
 def dense(seed: int) -> dict[str, Tensor]:
-    """Weights of the dense network, trained for twice the epochs of a row."""
+    """Weights of the dense network."""
     torch.manual_seed(seed)
-    return fit(network(), None, [], seed=seed, epochs=2 * EPOCHS).state_dict
+    return fit(network(), None, [], seed=seed, epochs=DENSE_EPOCHS).state_dict
 
 
 # --- one row ----------------------------------------------------------------------------------------------------------
@@ -285,11 +291,13 @@ def _sparse(entry: Entry, model: nn.Module, remains: float) -> list[MakePolicy]:
     names = maskable(model, graph, entry.pattern)
     total = sum(model.get_parameter(name).numel() for name in names)
     budget = Budget(params=remains) if entry.prunes == "channels" else None
-    plan = partial(allocation.plan, graph, budget=budget, criterion="magnitude_l2", scope="layer", round_to=1)
+    plan_of = None
+    if budget is not None:
+        plan_of = partial(allocation.plan, graph, budget=budget, criterion="magnitude_l2", scope="layer", round_to=1)
     aim = Aim(
         graph=graph,
         budget=budget,
-        plan_of=plan if budget else None,
+        plan_of=plan_of,
         names=names,
         pattern=None if budget else entry.pattern,
         keep=None if budget else (math.floor(remains * num) - (num - total)) / total,
@@ -310,3 +318,114 @@ def maskable(model: nn.Module, graph: Graph, pattern: str) -> list[str]:
 
 def _num_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+# --- all rows ---------------------------------------------------------------------------------------------------------
+
+Result = dict[str, Any]
+"""entry, budget, seed, and what `row` returns."""
+
+
+def run(names: Sequence[str], budgets: Sequence[float], seeds: Sequence[int], lines: Path) -> list[Result]:
+    """What has no line yet is computed on the cluster, one task for each row, and appended as it comes."""
+    done = (
+        {(r["entry"], r["budget"], r["seed"]): r for r in map(json.loads, lines.read_text().splitlines())}
+        if lines.exists()
+        else {}
+    )
+    keys = [(name, budget, seed) for name in names for budget in budgets for seed in seeds]
+    todo = [key for key in keys if key not in done]
+    weights = dict(run_tasks(dense, {seed: (seed,) for seed in sorted({seed for *_, seed in todo})}))
+    arguments = {(name, budget, seed): (CATALOGUE[name], budget, seed, weights[seed]) for name, budget, seed in todo}
+    with lines.open("a") as file:
+        for number, (key, found) in enumerate(run_tasks(row, arguments), 1):
+            name, budget, seed = key
+            done[key] = {"entry": name, "budget": budget, "seed": seed, **found}
+            file.write(json.dumps(done[key]) + "\n")
+            file.flush()
+            print(f"[{number}/{len(todo)}] {name}, {budget:g} remains, seed {seed}: {found['after']:.1%}", flush=True)
+    return [done[key] for key in keys]
+
+
+def summarised(results: Sequence[Result]) -> dict[str, dict[float, tuple[float, float]]]:
+    """Entry -> budget -> mean and standard deviation of the final accuracy over the seeds, in per cent."""
+    found: dict[str, dict[float, tuple[float, float]]] = {}
+    for name in dict.fromkeys(r["entry"] for r in results):
+        for budget in dict.fromkeys(r["budget"] for r in results):
+            values = [100 * r["after"] for r in results if (r["entry"], r["budget"]) == (name, budget)]
+            if values:
+                found.setdefault(name, {})[budget] = (mean(values), stdev(values) if len(values) > 1 else 0.0)
+    return found
+
+
+def table(results: Sequence[Result]) -> str:
+    """Markdown: one row for each entry, one column for each budget, families together."""
+    figures = summarised(results)
+    budgets = sorted({r["budget"] for r in results}, reverse=True)
+    head = "| family | entry | prunes | " + " | ".join(f"{b:.0%}" for b in budgets) + " |"
+    lines = [head, "|---" * (3 + len(budgets)) + "|"]
+    for name, by_budget in figures.items():
+        entry = CATALOGUE[name]
+        cells = [f"{by_budget[b][0]:.1f} ± {by_budget[b][1]:.1f}" if b in by_budget else "" for b in budgets]
+        lines.append(f"| {entry.family} | `{name}` | {entry.prunes} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    """Accuracy against what remains, one panel for each family, the controls in grey in all of them."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    figures = summarised(results)
+    families = [f for f in dict.fromkeys(CATALOGUE[name].family for name in figures) if not f.startswith("control")]
+    controls = [name for name in figures if CATALOGUE[name].family.startswith("control")]
+    columns = min(4, len(families))
+    num_rows = -(-len(families) // columns)
+    figure, axes = pyplot.subplots(
+        num_rows, columns, figsize=(3.6 * columns, 3.2 * num_rows), sharex=True, sharey=True, squeeze=False
+    )
+    for axis, family in zip(axes.flat, families, strict=False):
+        for name in [*controls, *(n for n in figures if CATALOGUE[n].family == family)]:
+            xs, (ys, spread) = list(figures[name]), zip(*figures[name].values(), strict=True)
+            style = (
+                {"color": "0.7", "linestyle": ":" if "random" in name else "--"}
+                if name in controls
+                else {"marker": "."}
+            )
+            axis.errorbar(xs, ys, yerr=spread, label=name, capsize=2, linewidth=1.2, **style)
+        axis.set(title=family, xscale="log")
+        axis.set_xticks(list(REMAINS), [f"{b:.0%}" for b in REMAINS], minor=False)
+        axis.tick_params(axis="x", which="minor", labelbottom=False)
+        axis.legend(fontsize=6, loc="lower right")
+        axis.grid(alpha=0.3)
+    for axis in axes.flat[len(families) :]:
+        axis.set_visible(False)
+    figure.supxlabel("parameters that are not zero")
+    figure.supylabel("top-1, %")
+    figure.tight_layout()
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=CATALOGUE, default=list(CATALOGUE), metavar="ENTRY")
+    parser.add_argument("--budgets", nargs="+", type=float, default=list(REMAINS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--out", type=Path, default=Path("runs/catalogue"), help="results.jsonl, table.md, plot.svg")
+    parser.add_argument("--address", help="Ray cluster to join; empty: the one of this job, or a local one")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    connect(options.address)
+    results = run(options.only, options.budgets, options.seeds, options.out / "results.jsonl")
+    (options.out / "table.md").write_text(table(results))
+    plot(results, options.out / "plot.svg")
+    print(table(results))
+
+
+if __name__ == "__main__":
+    from jobs import catalogue  # tasks find what they run by its module's name, which is not that of a script
+
+    catalogue.main()

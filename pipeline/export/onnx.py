@@ -11,7 +11,7 @@ import copy
 import io
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -90,14 +90,24 @@ def to_onnx(model: nn.Module, example: Example, path: str | Path) -> Exported:
         file = Path(directory, "model.onnx")
         try:
             torch.onnx.export(program, f=file, dynamo=True, external_data=False, verbose=False)
-            data = file.read_bytes()
+            data = _without_traces(file.read_bytes())
         except Exception as error:
             raise ExportError(
-                f"{path}: {_name(model)} has no ONNX form: {_first_line(error)}. Use the artifact, or its torch.export program."
+                f"{path}: {_name(model)} has no ONNX form: {first_line(error)}. Use the artifact, or its torch.export program."
             ) from error
     difference = _compare_onnx(data, network, _rows(inputs, open_batch), str(path))
     artifacts.write_bytes(str(path), data)
     return Exported(difference, open_batch)
+
+
+def _without_traces(data: bytes) -> bytes:
+    """Without the exporter's notes on each node: stack traces of this machine that no runtime reads."""
+    import onnx
+
+    model = onnx.load_from_string(data)
+    for node in model.graph.node:
+        del node.metadata_props[:]
+    return bytes(model.SerializeToString())
 
 
 def to_program(model: nn.Module, example: Example, path: str | Path) -> Exported:
@@ -123,7 +133,7 @@ def _program(network: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[ExportedPr
     try:
         return torch.export.export(network, inputs), False
     except Exception as error:
-        raise ExportError(f"torch.export cannot follow {_name(network)}: {_first_line(error)}") from error
+        raise ExportError(f"torch.export cannot follow {_name(network)}: {first_line(error)}") from error
 
 
 def _frozen(model: nn.Module) -> nn.Module:
@@ -163,7 +173,7 @@ def _compare_onnx(data: bytes, network: nn.Module, rows: tuple[Tensor, ...], pat
         named = {one.name: tensor.numpy() for one, tensor in zip(session.get_inputs(), rows, strict=True)}
         found = [torch.from_numpy(output) for output in session.run(None, named)]
     except Exception as error:
-        raise ExportError(f"{path}: ONNX Runtime cannot run it: {_first_line(error)}. Export it again.") from error
+        raise ExportError(f"{path}: ONNX Runtime cannot run it: {first_line(error)}. Export it again.") from error
     return _require_equal(found, network, rows, path)
 
 
@@ -172,7 +182,7 @@ def _compare_program(data: bytes, network: nn.Module, rows: tuple[Tensor, ...], 
     try:
         found = list(output_tensors(torch.export.load(io.BytesIO(data)).module()(*rows)))
     except Exception as error:
-        raise ExportError(f"{path}: torch.export cannot run it: {_first_line(error)}. Export it again.") from error
+        raise ExportError(f"{path}: torch.export cannot run it: {first_line(error)}. Export it again.") from error
     return _require_equal(found, network, rows, path)
 
 
@@ -204,6 +214,47 @@ def _rows(inputs: tuple[Tensor, ...], open_batch: bool) -> tuple[Tensor, ...]:
         return tensor[:1].expand(shape).contiguous()
 
     return tuple(like(tensor) for tensor in inputs)
+
+
+# --- run ----------------------------------------------------------------------------------------------------------------
+
+
+class OnnxNetwork(nn.Module):
+    """An ONNX file as a network: what evaluates networks evaluates it too. Float32 [N, ...] -> its first output, on the rows' device.
+
+    It holds the file's bytes and computes on the CPU, in a session that each process opens at its first rows, with the threads that torch
+    has there: so it can be copied and sent to workers.
+    """
+
+    def __init__(self, data: bytes) -> None:
+        super().__init__()
+        self.data = data
+        self._opened: Any = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_opened": None}
+
+    @property
+    def session(self) -> Any:
+        if self._opened is None:
+            self._opened = _session(self.data)
+        return self._opened
+
+    def feeds(self, rows: Tensor) -> Iterator[dict[str, Any]]:
+        """The rows as the session takes them: all at once, or as many at a time as the file has."""
+        name, on_cpu = self.session.get_inputs()[0].name, rows.detach().float().cpu().contiguous()
+        for part in on_cpu.split(_rows_at_once(self.session) or max(1, len(rows))):
+            yield {name: part.numpy()}
+
+    def forward(self, rows: Tensor) -> Tensor:
+        outputs = [torch.from_numpy(self.session.run(None, feed)[0]) for feed in self.feeds(rows)]
+        return torch.cat(outputs).to(rows.device)
+
+
+def _rows_at_once(session: Any) -> int | None:
+    """Rows that a file takes; None: any number, which has a name instead of a value."""
+    accepted = session.get_inputs()[0].shape[0]
+    return accepted if isinstance(accepted, int) else None
 
 
 # --- time ---------------------------------------------------------------------------------------------------------------
@@ -250,9 +301,7 @@ def onnx_latency(
 
 
 def _takes(session: Any, num_rows: int) -> bool:
-    """An open number of rows has a name instead of a value."""
-    accepted = session.get_inputs()[0].shape[0]
-    return not isinstance(accepted, int) or accepted == num_rows
+    return _rows_at_once(session) in (None, num_rows)
 
 
 def _session(data: bytes) -> Any:
@@ -280,7 +329,7 @@ def _name(network: nn.Module) -> str:
     return type(network).__name__
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     """Of what was raised first: the exporter wraps it in pages of its own."""
     while error.__cause__ is not None:
         error = error.__cause__
