@@ -40,6 +40,7 @@ same, since their results are quantised as inputs of the next product. Norms, so
 quantised as well they doubled the error of a small ViT's logits (0.0005 to 0.0009) and gained no time."""
 FLOAT_OUTPUT = ("Gemm",)
 """Their results stay float. They are the logits of most networks, and all beyond the largest of calibration would become equal."""
+CPUINFO = Path("/proc/cpuinfo")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,9 @@ def to_int8(source: str | Path, batches: Iterable[Tensor], path: str | Path) -> 
             f"{path}: ONNX Runtime cannot quantise {source}: {first_line(error)}. Use the float file, without export.int8."
         ) from error
     if not finite:
-        raise ExportError(f"{path}: the INT8 form of {source} gives NaN or Inf. Use the float file, without export.int8.")
+        raise ExportError(
+            f"{path}: the INT8 form of {source} gives NaN or Inf. Use the float file, without export.int8."
+        )
     artifacts.write_bytes(str(path), data)
     return Quantised(rows.count, weight_bits)
 
@@ -115,7 +118,9 @@ def _quantise(data: bytes, rows: _Rows, weight_bits: int) -> bytes:
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     with tempfile.TemporaryDirectory() as directory:
-        given, prepared, quantised = (str(Path(directory, f"{name}.onnx")) for name in ("given", "prepared", "quantised"))
+        given, prepared, quantised = (
+            str(Path(directory, f"{name}.onnx")) for name in ("given", "prepared", "quantised")
+        )
         Path(given).write_bytes(data)
         # Folds batch norms that the exporter has left. Shapes are there already: torch.export knows them all.
         quant_pre_process(given, prepared, skip_symbolic_shape=True)
@@ -155,7 +160,7 @@ def products_saturate() -> bool:
     if platform.machine().lower() not in ("x86_64", "amd64"):
         return False
     try:
-        flags = Path("/proc/cpuinfo").read_text()
+        flags = CPUINFO.read_text().split()
     except OSError:
         return True  # not to be known here
-    return not any(flag in flags for flag in ("avx512_vnni", "avx_vnni"))
+    return "avx512_vnni" not in flags and "avx_vnni" not in flags

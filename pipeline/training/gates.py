@@ -207,6 +207,9 @@ class HardConcrete(Policy):
         ).items():
             own[tensor].mul_(factor.to(own[tensor].device))
 
+    def shared(self) -> Mapping[str, Tensor]:
+        return self.alphas
+
     def figures(self) -> dict[str, float]:
         closed = torch.cat([(without_noise(alpha.detach()) == 0).reshape(-1) for alpha in self.alphas.values()])
         return {"closed_gates": float(closed.double().mean()), "expected_to_remain": self.left}

@@ -267,7 +267,7 @@ class _Run:
         assert self.checkpoint_dir is not None
         self._check_finite()
         self.policy.require_zeros()
-        require_agreement(self.policy.masks(), self.rank, self.world_size)
+        require_agreement(self.policy.shared(), self.rank, self.world_size)
         random_states: list[Any] = [self.learner.random_state()]
         if self.world_size > 1:
             random_states = [None] * self.world_size

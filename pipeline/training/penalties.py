@@ -261,6 +261,9 @@ class Growing(Policy):
             kept_C = self.kept[entries.name].to(torch.float32)
             entries.scale_(kept_C + (1 - kept_C) * (1 - min(1.0, lr * decay)))
 
+    def shared(self) -> Mapping[str, Tensor]:
+        return self.kept
+
     def state_dict(self) -> dict[str, Any]:
         return {"kept": self.kept}
 

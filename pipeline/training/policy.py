@@ -6,8 +6,10 @@ everywhere. What must be decided once is decided by rank 0 and sent to all (`agr
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,11 +34,11 @@ class Training:
     rank: int = 0
     world_size: int = 1
     seed: int = 0
-    parameters: dict[str, nn.Parameter] = field(init=False)
-    """By the name in the state_dict; a tied one under its first."""
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "parameters", dict(self.model.named_parameters()))
+    @cached_property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """By the name in the state_dict; a tied one under its first."""
+        return dict(self.model.named_parameters())
 
     @property
     def device(self) -> torch.device:
@@ -64,6 +66,10 @@ class Policy:
 
     def require_zeros(self) -> None:
         """Before a checkpoint is written: AssertionError if the parameters lack the zeros that hold at this step."""
+
+    def shared(self) -> Mapping[str, Tensor]:
+        """What is the same on every rank, or they would no longer train one network; looked at with each checkpoint."""
+        return self.masks()
 
     def figures(self) -> dict[str, float]:
         """What the history says about the policy."""
@@ -109,6 +115,9 @@ class Policies(Policy):
 
     def masks(self) -> Mapping[str, Tensor]:
         return {name: mask for part in self.parts for name, mask in part.masks().items()}
+
+    def shared(self) -> Mapping[str, Tensor]:
+        return {f"{i}/{name}": value for i, part in enumerate(self.parts) for name, value in part.shared().items()}
 
     def require_zeros(self) -> None:
         for part in self.parts:
@@ -159,8 +168,8 @@ class Movement(Policy):
 # --- masks that all ranks share ---------------------------------------------------------------------------------------
 
 
-class MasksDiffer(RuntimeError):
-    """Two ranks hold different masks: what they train is no longer one network."""
+class RanksDiffer(RuntimeError):
+    """Two ranks hold different masks or gates: what they train is no longer one network."""
 
 
 def agreed(decide: Callable[[], Mapping[str, Tensor]], training: Training) -> dict[str, Tensor]:
@@ -182,23 +191,33 @@ def agreed(decide: Callable[[], Mapping[str, Tensor]], training: Training) -> di
     packed, sha256 = found
     masks = {name: unpack(*values) for name, values in packed.items()}
     if masks_sha256(masks) != sha256:
-        raise MasksDiffer(
+        raise RanksDiffer(
             f"rank {training.rank} received masks with another hash than rank 0 has sent ({sha256[:12]})."
         )
     return {name: mask.to(training.device) for name, mask in masks.items()}
 
 
-def require_agreement(masks: Mapping[str, Tensor], rank: int, world_size: int) -> None:
-    """Every rank still has the masks of rank 0; costs one hash of them. Raises MasksDiffer on all ranks."""
+def require_agreement(shared: Mapping[str, Tensor], rank: int, world_size: int) -> None:
+    """Every rank has the same bits of what is shared; costs one hash of it. Raises RanksDiffer on all ranks."""
     if world_size == 1:
         return
     hashes: list[Any] = [None] * world_size
-    dist.all_gather_object(hashes, masks_sha256(masks))
+    dist.all_gather_object(hashes, _sha256(shared))
     if len(set(hashes)) > 1:
         shown = ", ".join(f"rank {i}: {sha256[:12]}" for i, sha256 in enumerate(hashes))
-        raise MasksDiffer(
-            f"the ranks hold different masks ({shown}). A worker's memory is damaged, or its version is another: start again."
+        raise RanksDiffer(
+            f"the ranks hold different masks or gates ({shown}). A worker's memory is damaged, or its version or kind of device is another: "
+            "start again from the last checkpoint, on workers of one kind."
         )
+
+
+def _sha256(tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        values = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name} {values.dtype} {list(values.shape)}\n".encode())
+        digest.update(values.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def require_zeros(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:

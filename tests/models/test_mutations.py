@@ -305,7 +305,7 @@ HARMLESS: dict[str, tuple[str, set[str]]] = {
         {"as_strided", "barrier", "fill", "position"},
     ),
     "unites nothing": ("the same channels are united where they are read", {"col2im", "picked", "slice_"}),
-    "unites neighbours": ("what meets there is frozen", {"layer_norm", "picked"}),
+    "unites neighbours": ("what meets there is frozen", {"picked"}),
     "turns the labels round": ("of a tensor that is the same everywhere", {"fill", "like"}),
     "tells of no statistic": ("the channels are frozen", {"position"}),
 }  # fmt: skip
