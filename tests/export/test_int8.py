@@ -130,7 +130,7 @@ def test_accuracy_of_a_fitted_network_falls_by_less_than_a_point(tmp_path: Path)
     """Four classes by colour, the last layer fitted by least squares; both files and the network in one evaluation."""
     generator = torch.Generator().manual_seed(0)
     labels = torch.arange(1200) % 4
-    colours = torch.tensor([[1.5, 0.0, 0.0], [0.0, 1.5, 0.0], [0.0, 0.0, 1.5], [1.0, 1.0, 1.0]])
+    colours = torch.tensor([[1.5, 0.0, 0.0], [0.0, 1.5, 0.0], [0.0, 0.0, 1.5], [1.5, 1.5, 1.5]])
     images = colours[labels][:, :, None, None] + torch.randn(1200, 3, 8, 8, generator=generator)
     model = small_cnn()
     features = model[:-1](images[:600]).detach()

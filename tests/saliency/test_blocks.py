@@ -185,6 +185,6 @@ def test_of_several_criteria_blocks_are_ranked_among_themselves():
 
 def test_criteria_that_say_nothing_about_blocks_are_known():
     silent = {name for name, criterion in CRITERIA.items() if criterion.channels and not criterion.channels.blocks}
-    assert silent == {"activation_mean", "activation_variance", "bn_scale"}
+    assert silent == {"activation_mean", "activation_variance", "bn_scale", "hard_concrete"}
     assert not criteria.rule("channels", "taylor", "bn_scale").blocks
     assert criteria.rule("channels", "taylor", "fisher").blocks
