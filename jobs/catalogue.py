@@ -372,10 +372,11 @@ def table(results: Sequence[Result]) -> str:
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
-    """Accuracy against what remains, one panel for each family, the controls in grey in all of them."""
+    """Accuracy against what remains, one panel for each family, beside the controls of what it prunes in grey."""
     import matplotlib
 
     matplotlib.use("svg")
+    matplotlib.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "catalogue"})  # small, and the same each time
     from matplotlib import pyplot
 
     figures = summarised(results)
@@ -387,7 +388,9 @@ def plot(results: Sequence[Result], path: Path) -> None:
         num_rows, columns, figsize=(3.6 * columns, 3.2 * num_rows), sharex=True, sharey=True, squeeze=False
     )
     for axis, family in zip(axes.flat, families, strict=False):
-        for name in [*controls, *(n for n in figures if CATALOGUE[n].family == family)]:
+        own = [name for name in figures if CATALOGUE[name].family == family]
+        kinds = {CATALOGUE[name].prunes for name in own}
+        for name in [*(name for name in controls if CATALOGUE[name].prunes in kinds), *own]:
             xs, (ys, spread) = list(figures[name]), zip(*figures[name].values(), strict=True)
             style = (
                 {"color": "0.7", "linestyle": ":" if "random" in name else "--"}

@@ -15,6 +15,7 @@ from pipeline.pruning.verify import verify
 from pipeline.run import Run
 from pipeline.stages.cutting import VERIFY_ROWS, example_images
 from pipeline.stages.planning import networks
+from pipeline.stages.quantising import int8_sha256
 
 
 def check_run(run: Run) -> Iterator[str]:
@@ -24,6 +25,8 @@ def check_run(run: Run) -> Iterator[str]:
     masks = load_masks(run.path("masks.safetensors"))
     found = {"plan": plan.sha256(), "masks": masks_sha256(masks)}
     found |= {"weight_masks": masks_sha256(weight_masks)} if weight_masks else {}
+    if (summary.get("compression") or {}).get("sha256") is not None:
+        found["compression"] = int8_sha256(run)
     for name, sha256 in found.items():
         if summary[name]["sha256"] != sha256:
             raise ValueError(
@@ -33,13 +36,9 @@ def check_run(run: Run) -> Iterator[str]:
     if masks_sha256(channel_masks(plan)) != found["masks"]:
         raise ValueError("masks.safetensors does not hold the masks of plan.json. One of them was changed.")
     yield "masks: those of the plan"
-    parent, images = run.network(run.parent), example_images(run, VERIFY_ROWS)
-    for name in networks(run):
-        difference = verify(cut(parent, run.plan(name)), mask(parent, run.plan(name)), images).require()
-        yield (
-            f"cut {name}: equals the masked dense network on {difference.rows} rows "
-            f"(max abs {difference.max_abs:.2g}, relative {difference.max_rel:.2g})"
-        )
+    images = example_images(run, VERIFY_ROWS)
+    for one in run.rounds:
+        yield from _check_cuts(one, images)
     model = artifact.load(run.path("model"))
     yield f"model: {sum(p.numel() for p in model.parameters()):,} parameters, loads without pickle"
     if weight_masks:
@@ -48,6 +47,17 @@ def check_run(run: Run) -> Iterator[str]:
         path = run.path("model", file)
         if artifacts.exists(path):
             yield f"{file}: equals the model on a row (relative {check(path, model, images[:1]).max_rel:.2g})"
+
+
+def _check_cuts(run: Run, images: Tensor) -> Iterator[str]:
+    for name in networks(run):
+        start, where = run.start_of(name), f", round {run.number}" if run.given.rounds > 1 else ""
+        parent, plan = start.network(start.parent), run.plan(name)
+        difference = verify(cut(parent, plan), mask(parent, plan), images).require()
+        yield (
+            f"cut {name}{where}: equals the masked dense network on {difference.rows} rows "
+            f"(max abs {difference.max_abs:.2g}, relative {difference.max_rel:.2g})"
+        )
 
 
 def _num_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> int:

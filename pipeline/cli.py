@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from pipeline import artifacts, config
-from pipeline.artifacts import Manifest, StaleArtifact, StorageError
+from pipeline.artifacts import StaleArtifact, StorageError
 from pipeline.config import ConfigError, RunConfig
 from pipeline.data.batches import BadRowError
 from pipeline.data.rows import DataError
@@ -143,8 +143,7 @@ def _stored(run_dir: str) -> RunConfig:
 
 
 def _status(options: argparse.Namespace) -> None:
-    _stored(options.run)
-    terminal.print_status(Manifest(artifacts.absolute(options.run)).stages, Console())
+    terminal.print_status(Run(_stored(options.run)).stages, Console())
 
 
 def _resume(options: argparse.Namespace) -> None:

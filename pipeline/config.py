@@ -288,9 +288,9 @@ class ControlsConfig(Section):
     """The plans that the chosen criterion must beat."""
 
     criteria: Controls = ("random", "magnitude")
-    """Cut and evaluated at the same budget before recovery."""
+    """Cut and evaluated at the same budget before recovery; in one round, from the dense network, whatever `rounds` is."""
     recover: bool = False
-    """Recover them, too (as costly as the run's own recovery, each)."""
+    """Recover them, too (as costly as one recovery of the run's own, each)."""
 
 
 class CalibrateConfig(Section):
@@ -322,6 +322,11 @@ class ExportConfig(Section):
     """Write model.onnx, and measure ONNX Runtime's latency of the dense and the pruned network. Needs the extra `export`."""
     program: bool = False
     """Write model.pt2, a torch.export program."""
+    int8: bool = False
+    """Write model-int8.onnx, and compare size, accuracy and ONNX Runtime's latency of the dense network, the pruned one, and that in INT8.
+    Needs the extra `export`."""
+    int8_rows: int = Field(default=512, ge=1)
+    """Training rows that set the ranges of the activations."""
 
 
 class WorkersConfig(Section):
@@ -361,9 +366,13 @@ class RunConfig(Section):
     controls: ControlsConfig = Field(default_factory=ControlsConfig)
     calibrate: CalibrateConfig = Field(default_factory=CalibrateConfig)
     recover: TrainingConfig = Field(default_factory=lambda: TrainingConfig(epochs=3, distill_weight=0.7))
+    """Training after the cut; with several rounds, after each."""
     evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig)
     export: ExportConfig = Field(default_factory=ExportConfig)
     workers: WorkersConfig = Field(default_factory=WorkersConfig)
+    rounds: int = Field(default=1, ge=1)
+    """Rounds of score, plan, cut and recover (Renda et al., ICLR 2020): each removes the same part of what is left, and the last meets the
+    budget. Each trains for `recover.epochs`."""
     seed: int = 0
     """Seed of initial weights, training order and augmentation."""
     quiet: bool = False
@@ -381,7 +390,27 @@ class RunConfig(Section):
                 f"budget.max_blocks ({self.budget.max_blocks}) is part of a budget, and there is none: blocks go where something is cut. "
                 "Give budget.params or budget.macs, too, or set it to 0."
             )
+        if not self.budget.given and self.rounds > 1:
+            raise ValueError(
+                f"rounds ({self.rounds}) share the cutting out among them, and nothing is cut: weights are masked in the last round alone. "
+                "Give budget.params or budget.macs, too, or set it to 1."
+            )
         return self
+
+    def of_round(self, number: int) -> RunConfig:
+        """What round `number`, counted from 1, does: the dense network is trained before the first; masks, controls and other
+        runtimes belong to what is left after the last."""
+        if self.rounds == 1:
+            return self
+        changes: dict[str, Any] = {"seed": self.seed + number - 1}  # another order of the rows in each recovery
+        if number > 1:
+            score = self.score.model_copy(
+                update={"statistics": ()}
+            )  # what is kept for others, they take from the first
+            changes |= {"train": TrainingConfig(), "sparsify": SparsifyConfig(), "score": score}
+        if number < self.rounds:
+            changes |= {"masks": MasksConfig(), "controls": ControlsConfig(criteria=()), "export": ExportConfig()}
+        return self.model_copy(update=changes)
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)

@@ -20,7 +20,7 @@ import torchvision
 from torch import Tensor, nn
 
 from pipeline import artifacts
-from pipeline.artifacts import Manifest
+from pipeline.artifacts import Manifest, StageRecord
 from pipeline.config import RunConfig
 from pipeline.data.batches import Decoder
 from pipeline.data.rows import Source, open_source
@@ -54,12 +54,28 @@ class Input:
 
 
 class Run:
-    """One run directory and the configuration that it is continued with."""
+    """One run directory and the configuration that it is continued with.
 
-    def __init__(self, config: RunConfig, command: str = "") -> None:
-        self.config = config
+    Of several rounds each is a Run of its own, in RUN/rounds/1, RUN/rounds/2 ..., whose dense network is the result of the round before.
+    The last one is RUN itself.
+
+    Args:
+        config: of the whole run; `self.config` is what this round does of it.
+        number: of the round, from 1; None: the last.
+    """
+
+    def __init__(self, config: RunConfig, command: str = "", number: int | None = None) -> None:
+        self.given = config
         self.command = command
+        self.number = config.rounds if number is None else number
+        self.config = config.of_round(self.number)
+        self.base = Run(config, command, self.number - 1) if self.number > 1 else None
+        """The round before."""
+        self.part = self.number / config.rounds
+        """Of the whole reduction, in powers of the budget: what has been done at the end of this round."""
         self.dir = artifacts.absolute(config.run_dir)
+        if self.part < 1:
+            self.dir = artifacts.join(self.dir, "rounds", str(self.number))
         self.manifest = Manifest(self.dir)
         self._pool: RayPool | None = None
         self._networks: dict[str, nn.Module] = {}
@@ -69,7 +85,43 @@ class Run:
 
     def say(self, text: str) -> None:
         if not self.config.quiet:
-            print(text, file=sys.stderr, flush=True)
+            where = f"round {self.number}, " if self.given.rounds > 1 else ""
+            print(f"{where}{text}", file=sys.stderr, flush=True)
+
+    # --- rounds -------------------------------------------------------------------------------------------------------
+
+    @property
+    def rounds(self) -> list[Run]:
+        """From the first to this one."""
+        return [*(self.base.rounds if self.base else ()), self]
+
+    @property
+    def first(self) -> Run:
+        """The round that starts from the dense network: the teacher of all, and what all are compared with."""
+        return self.base.first if self.base else self
+
+    @cached_property
+    def one_shot(self) -> Run:
+        """The first round with the whole budget and all masks: what `sparsify` aims at, and what controls are cut from."""
+        if self.base:
+            return self.base.one_shot
+        if self.part == 1:
+            return self
+        whole = copy.copy(self)
+        whole.config, whole.part = self.given, 1.0
+        return whole
+
+    @property
+    def stages(self) -> dict[str, StageRecord]:
+        """By name; of several rounds "round 1: score"."""
+        if self.given.rounds == 1:
+            return self.manifest.stages
+        every = ((f"round {one.number}: {name}", r) for one in self.rounds for name, r in one.manifest.stages.items())
+        return dict(every)
+
+    def start_of(self, plan: str) -> Run:
+        """Whose network a plan cuts: ours that of this round; a control is cut in one round, whatever ours takes."""
+        return self if plan == "ours" else self.one_shot
 
     # --- stages -------------------------------------------------------------------------------------------------------
 
@@ -93,8 +145,9 @@ class Run:
         return self.path(kind, f"{stage}-{artifacts.short(self.manifest.stages[stage].fingerprint)}")
 
     def keep_config(self) -> None:
-        """RUN/config.yaml is what the run was last continued with."""
-        path, content = self.path("config.yaml"), self.config.to_yaml().encode()
+        """RUN/config.yaml is what the run was last continued with; a round has none of its own."""
+        path = artifacts.join(artifacts.absolute(self.given.run_dir), "config.yaml")
+        content = self.given.to_yaml().encode()
         if not artifacts.exists(path) or artifacts.read_bytes(path) != content:
             artifacts.write_bytes(path, content)
 
@@ -129,15 +182,20 @@ class Run:
             self._pool.close()
             self._pool = None
 
+    def release(self) -> None:
+        """The same, and what networks take of the memory. Both come back when they are asked for."""
+        self.release_pool()
+        self._networks.clear()
+
     # --- data -----------------------------------------------------------------------------------------------------------
 
     @cached_property
     def train_rows(self) -> Source:
-        return self._open(self.config.data.train)
+        return self.base.train_rows if self.base else self._open(self.config.data.train)
 
     @cached_property
     def val_rows(self) -> Source:
-        return self._open(self.config.data.val)
+        return self.base.val_rows if self.base else self._open(self.config.data.val)
 
     def _open(self, path: str) -> Source:
         data = self.config.data
@@ -148,6 +206,8 @@ class Run:
     @cached_property
     def input(self) -> Input:
         """From the configuration; what it leaves open is the network's own."""
+        if self.base:
+            return self.base.input
         own, data = zoo.data_config(self.fresh()), self.config.data
         return Input(
             size=data.image_size,
@@ -165,13 +225,15 @@ class Run:
 
     @cached_property
     def num_classes(self) -> int:
-        return zoo.num_classes(self.fresh(), self.config.data.image_size)
+        return self.base.num_classes if self.base else zoo.num_classes(self.fresh(), self.config.data.image_size)
 
     # --- networks -------------------------------------------------------------------------------------------------------
 
     @cached_property
     def _architecture(self) -> nn.Module:
         """The dense network without its weights' story: built once, never given away."""
+        if self.base:
+            return self.base.network(self.base.result, plan="ours")
         model = self.config.model
         options: dict[str, Any] = dict(model.kwargs)
         torch.manual_seed(self.config.seed)
@@ -182,6 +244,9 @@ class Run:
 
     def model_inputs(self) -> dict[str, Any]:
         """What the dense network is made from."""
+        if self.base:
+            model = {"cut_from": self.base.model_inputs()["model"], "plan": self.base.plan("ours").sha256()}
+            return {"model": model, "weights": self.base.weights_sha256(self.base.result)}
         return {
             "model": self.config.model.model_dump(mode="json"),
             "checkpoint_sha256": self.checkpoint_sha256,
@@ -189,7 +254,9 @@ class Run:
         }
 
     def initial(self) -> nn.Module:
-        """The dense network as the configuration gives it, with its weights."""
+        """The dense network as the configuration, or the round before, gives it, with its weights."""
+        if self.base:
+            return self.fresh()
         model = self.config.model
         torch.manual_seed(self.config.seed)
         return zoo.build(
@@ -206,6 +273,11 @@ class Run:
         """Name of the weights that scoring, planning and cutting start from: the dense network, or what `sparsify` has made of it."""
         return "sparse" if self.config.sparsify.epochs else "dense"
 
+    @property
+    def result(self) -> str:
+        """Name of the weights that the run ends with."""
+        return "ours-recovered" if self.config.recover.epochs else "ours-calibrated"
+
     def save_network(self, name: str, state: Mapping[str, Tensor]) -> None:
         """Keep weights under RUN/networks."""
         artifacts.write_tensors(self.path("networks", f"{name}.safetensors"), state)
@@ -217,8 +289,8 @@ class Run:
     def network(self, name: str, plan: str | None = None) -> nn.Module:
         """A network of this run: the dense architecture, cut by a plan if one is named, with the weights kept under `name`."""
         if name not in self._networks:
-            dense = self.fresh()
-            model = copy.deepcopy(dense) if plan is None else cut(dense, self.plan(plan))
+            start = self if plan is None else self.start_of(plan)
+            model = copy.deepcopy(self.fresh()) if plan is None else cut(start.fresh(), self.plan(plan))
             model.load_state_dict(artifacts.read_tensors(self.path("networks", f"{name}.safetensors")))
             self._networks[name] = model.eval()
         return self._networks[name]

@@ -34,6 +34,7 @@ def summarise(run: Run) -> dict[str, Any]:
         "dense": {**_accuracy(before, "dense"), **_costs(run, None), **_latencies(run, "dense")},
         "sparse": _accuracy(before, "sparse"),
         "pruned": _network(run, before, after, "ours"),
+        "rounds": [_round(one) for one in run.rounds] if run.base else None,
         "controls": {
             name: {**_network(run, before, after, name), "scope": _scope(run, name)}
             for name in networks(run)
@@ -44,9 +45,10 @@ def summarise(run: Run) -> dict[str, Any]:
         "masks": {"sha256": _masks_sha256(run)},
         "stability": _stability(run),
         "weight_masks": _weight_masks(run),
+        "compression": _read(run, "compression.json"),
         "verify": _verify(run),
         "frozen": _frozen(run),
-        "train": _training(run, "dense", config.train.epochs),
+        "train": _training(run.first, "dense", run.given.train.epochs),
         "recover": _training(run, "recover", config.recover.epochs),
         "stages": [
             {
@@ -57,7 +59,7 @@ def summarise(run: Run) -> dict[str, Any]:
                 "finished": r.finished,
                 "attempts": r.attempts,
             }
-            for name, r in run.manifest.stages.items()
+            for name, r in run.stages.items()
         ],
         "bad_rows": _bad_rows(run, before),
         "per_class": _per_class(before, after),
@@ -68,6 +70,14 @@ def summarise(run: Run) -> dict[str, Any]:
         },
         "environment": _read(run, "environment.json"),
     }
+
+
+def _round(run: Run) -> dict[str, Any]:
+    before, after = (_read(run, "evaluation", f"{name}.json") for name in ("before", "after"))
+    found = _network(run, before, after, "ours")
+    keys = ("params", "macs", "top1_before_recovery", "top1")
+    seconds = sum(record.seconds for record in run.manifest.stages.values() if record.state == "done")
+    return {"round": run.number, **{key: found.get(key) for key in keys}, "seconds": seconds or None}
 
 
 def _network(run: Run, before: Any, after: Any, name: str) -> dict[str, Any]:
@@ -115,14 +125,15 @@ def _scope(run: Run, name: str) -> str | None:
 def _plan(run: Run) -> dict[str, Any]:
     if not _planned(run):
         return {}
-    plan = run.plan("ours")
+    plan, plans = run.plan("ours"), [one.plan("ours") for one in run.rounds]
+    kept = {group.name: len(group.kept) for one in plans for group in one.groups}
     return {
         "sha256": plan.sha256(),
         "budget": plan.budget,
         "scope": plan.scope if plan.budget else None,
-        "groups": [{"name": group.name, "size": group.size, "kept": len(group.kept)} for group in plan.groups],
-        "removed_blocks": [block.name for block in plan.blocks],
-        "num_blocks": len(run.graph().blocks) if run.config.budget.max_blocks else None,
+        "groups": [{"name": group.name, "size": group.size, "kept": kept[group.name]} for group in plans[0].groups],
+        "removed_blocks": [block.name for one in plans for block in one.blocks],
+        "num_blocks": len(run.first.graph().blocks) if run.config.budget.max_blocks else None,
     }
 
 

@@ -28,7 +28,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from pipeline.models.costs import CostModel
+from pipeline.models.costs import CostModel, count
 from pipeline.models.graph import Graph, Group
 from pipeline.pruning.plan import Budget, Plan, planned
 
@@ -55,11 +55,12 @@ def plan(
     min_keep: float = 0.1,
     round_to: int = 8,
     max_blocks: float = 0.0,
+    dense: Graph | None = None,
 ) -> Plan:
     """Choose the channels that stay, and the residual blocks that go.
 
     Args:
-        graph: channel groups of the dense network.
+        graph: channel groups of the network to be cut.
         saliency: group name -> [C], higher = keep. +inf keeps a channel in any case. Of equals the first index stays;
             of equally good chunks the one of the first group name goes. Key of a block -> [1]; not read if none may go.
         budget: what must remain.
@@ -69,6 +70,8 @@ def plan(
         round_to: groups of more than 32 channels keep a multiple of this, or all; a finer step is taken only if the
             target would be missed by more than 0.5 % without.
         max_blocks: largest fraction of the graph's blocks that may go, rounded down; 0 keeps all.
+        dense: of the network that all these fractions, and sizes of groups, refer to, where `graph` is what earlier cuts have
+            left of it; None: `graph` itself.
 
     Returns:
         A plan whose cost is at most the budget, and so close below that no removed chunk fits in between.
@@ -90,8 +93,11 @@ def plan(
             f"max_blocks ({max_blocks}) must lie between 0 and 1: the largest fraction of blocks that may go."
         )
     ranked = _ranked(graph, saliency)
-    most = math.floor(Fraction(repr(max_blocks)) * len(graph.blocks))
-    state = _State(graph, ranked, _block_saliency(graph, saliency) if most else [], budget, min_keep, round_to, most)
+    dense = graph if dense is None else dense
+    gone = sum(block.tensors[0] not in graph.shapes for block in dense.blocks)
+    most = math.floor(Fraction(repr(max_blocks)) * len(dense.blocks)) - gone
+    block_saliency = _block_saliency(graph, saliency) if most > 0 else []
+    state = _State(graph, dense, ranked, block_saliency, budget, min_keep, round_to, most)
     order(state)
     kept = {group.name: np.sort(ranked[g].order[state.removed_G[g] :]) for g, group in enumerate(graph.groups)}
     return planned(
@@ -101,6 +107,7 @@ def plan(
         budget=budget,
         criterion=criterion,
         scope=scope,
+        dense=count(dense, {}),
     )
 
 
@@ -159,6 +166,7 @@ class _State:
     def __init__(
         self,
         graph: Graph,
+        dense: Graph,
         ranked: Sequence[_Ranked],
         block_saliency: Sequence[float],
         budget: Budget,
@@ -171,23 +179,29 @@ class _State:
         self.block_saliency = block_saliency
         self.most_blocks = most_blocks
         self.removed_blocks: set[int] = set()
-        self.shapes = graph.shapes
+        by_name = {group.name: group for group in dense.groups}
+        self.dense_groups = [by_name.get(group.name, group) for group in graph.groups]
+        """As they were before any cut: floors, chunks and structures are those of the dense network."""
+        self.dense_shapes = dense.shapes
         self.ranked = ranked
         self.budget = budget
         self.model = CostModel(graph)
         self.factors_T = self.model.factors_T[budget.measure].copy()
         """What an entry of each tensor costs; nothing in blocks that are gone."""
         self.min_keep, self.round_to = min_keep, round_to
-        size_G = [group.size for group in graph.groups]
-        self.unit_G = [round_to if size > max(SMALL_GROUP, round_to) else 1 for size in size_G]
+        dense_size_G = [group.size for group in self.dense_groups]
+        self.unit_G = [round_to if size > max(SMALL_GROUP, round_to) else 1 for size in dense_size_G]
         # 0.1 * 30 is a little more than 3; that a floor is rounded up to the unit follows from whole chunks.
-        floor_G = [max(1, math.ceil(min_keep * size - 1e-9)) for size in size_G]
+        floor_G = [max(1, math.ceil(min_keep * size - 1e-9)) for size in dense_size_G]
         self.limit_G = np.array(
-            [min(size - floor, r.num_free) for size, floor, r in zip(size_G, floor_G, ranked, strict=True)],
+            [
+                min(max(group.size - floor, 0), r.num_free)
+                for group, floor, r in zip(graph.groups, floor_G, ranked, strict=True)
+            ],
             dtype=np.int64,
         )
         """Most channels that a group can lose."""
-        self.dense = self.cost_of(np.zeros_like(self.limit_G))
+        self.dense = count(dense, {})[budget.measure]
         self.target = math.floor(Fraction(repr(budget.fraction)) * self.dense)  # 0.3 of 1000 is 300, not 299
         self.set(np.zeros_like(self.limit_G))
 
@@ -402,8 +416,8 @@ def _isomorphic(state: _State) -> None:
     Source: Fang et al., "Isomorphic Pruning for Vision Models", ECCV 2024.
     """
     classes: dict[tuple[object, ...], list[int]] = {}
-    for g, group in enumerate(state.groups):
-        classes.setdefault(_structure(group, state.shapes), []).append(g)
+    for g, group in enumerate(state.dense_groups):
+        classes.setdefault(_structure(group, state.dense_shapes), []).append(g)
     _uniform(state, list(classes.values()))
 
 

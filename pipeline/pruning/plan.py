@@ -100,6 +100,7 @@ class Plan:
     criterion: str
     scope: str
     dense: Costs
+    """Of the network that the budget is a fraction of: where several cuts follow each other, of the one before the first."""
     kept: Costs
     shapes: dict[str, tuple[int, ...]]
     """Dense shapes of the members' tensors: entries that no group owns stay, so their number must be known; and of those that are removed."""
@@ -236,12 +237,14 @@ def planned(
     budget: Budget | None = None,
     criterion: str = "",
     scope: str = "",
+    dense: Costs | None = None,
 ) -> Plan:
     """The plan that keeps these channels of `graph`, with its costs; groups that are not named stay whole.
 
     Args:
         kept: group name -> channel indices in any order.
         removed_blocks: names of residual blocks. Of a group that lies inside of them no channel is kept, whatever `kept` says.
+        dense: of the network that the budget is a fraction of; None: of the graph's own.
     """
     for name in kept:
         graph.group(name)
@@ -259,7 +262,7 @@ def planned(
         budget=budget.as_dict() if budget else {},
         criterion=criterion,
         scope=scope,
-        dense=count(graph, {}),
+        dense=dense or count(graph, {}),
         kept=count(
             graph,
             {name: torch.tensor(channels, dtype=torch.int64) for name, channels in chosen.items()},

@@ -14,12 +14,16 @@ from markupsafe import Markup
 
 from pipeline.report import plots, text
 from pipeline.report.numbers import (
+    COMPRESSED,
     ClassAccuracy,
     FrozenGroup,
     Network,
+    RoundFigures,
     Summary,
     batch_sizes,
     complete,
+    compressed,
+    compressed_batch_sizes,
     networks,
     onnx_batch_sizes,
 )
@@ -59,6 +63,11 @@ def render(summary: Mapping[str, Any], *, written: float | None = None) -> str:
         networks=columns,
         table=comparison(full),
         findings=findings(full),
+        rounds=rounds(full),
+        compression=compression(full),
+        round_columns=ROUNDS,
+        forms=[*COMPRESSED.values()],
+        quantised=quantised(full),
         absent=absent(full),
         accuracy=[
             plots.accuracy_against(columns, macs, f"MACs of one row, {macs_unit}"),
@@ -118,6 +127,7 @@ def findings(summary: Summary) -> list[str]:
     ]
     if against:
         found.append(f"Before recovery, the chosen criterion is {' and '.join(against)}, at the same budget.")
+    found += _in_rounds(summary) if against else []
     top1 = columns[-1].top1
     if rows and top1 is not None:
         error = 100 * math.sqrt(max(top1 * (1 - top1), 0.0) / rows)
@@ -135,6 +145,18 @@ def findings(summary: Summary) -> list[str]:
     if onnx_batch_sizes(summary):
         found.append("ONNX Runtime was timed on the CPU, with as many threads as a worker has.")
     return [*found, *_sparsified(summary), *_shortened(summary), *_settled(summary), *_masked(summary)]
+
+
+def _in_rounds(summary: Summary) -> list[str]:
+    """What the comparison with the controls is worth."""
+    rounds = summary["rounds"]
+    if not rounds:
+        return []
+    recovery = ", with a recovery after each" if rounds[0]["top1"] is not None else ""
+    once = (
+        ", and recovered once" if any(control["top1"] is not None for control in summary["controls"].values()) else ""
+    )
+    return [f"It cuts in {len(rounds)} rounds{recovery}; the controls are cut from the dense network in one{once}."]
 
 
 def _sparsified(summary: Summary) -> list[str]:
@@ -235,6 +257,7 @@ def _cost_figure(name: str, ours: float | None, dense: float | None, shown: Call
 
 
 BEFORE, AFTER, NONZERO = "top-1 before recovery", "top-1 after recovery", "non-zero parameters"
+ROUNDS = ("parameters", "MACs", BEFORE, AFTER, "time")
 
 
 @dataclass(frozen=True)
@@ -268,6 +291,55 @@ def comparison(summary: Summary) -> list[tuple[str, list[Cell]]]:
     for size in onnx_batch_sizes(summary):
         rows.append((f"ONNX, batch {size}", _times(columns, [n.onnx_latency_ms.get(size) for n in columns])))
     return rows
+
+
+def rounds(summary: Summary) -> list[tuple[str, list[Cell]]]:
+    """A row for each of several rounds, below ROUNDS; empty where there is only one."""
+    dense = summary["dense"]
+
+    def cells(found: RoundFigures) -> list[Cell]:
+        return [
+            Cell(text.count(found["params"]), text.share(found["params"], dense["params"])),
+            Cell(text.count(found["macs"]), text.share(found["macs"], dense["macs"])),
+            _accuracy(found["top1_before_recovery"], dense["top1"]),
+            _accuracy(found["top1"], dense["top1"]),
+            Cell(text.duration(found["seconds"])),
+        ]
+
+    return [(f"{found['round']}", cells(found)) for found in summary["rounds"] or ()]
+
+
+def compression(summary: Summary) -> list[tuple[str, list[Cell]]]:
+    """Rows of the table dense | cut | cut + INT8, all as ONNX files; empty where nothing was quantised."""
+    forms = compressed(summary)
+    if not forms:
+        return []
+
+    def costs(values: Sequence[float | None], shown: Callable[[float | None], str]) -> list[Cell]:
+        dense, *rest = values
+        return [Cell(shown(dense)), *(Cell(shown(value), text.share(value, dense)) for value in rest)]
+
+    dense, *rest = [form["top1"] for form in forms]
+    rows = [
+        ("top-1", [Cell(text.percent(dense)), *(_accuracy(top1, dense) for top1 in rest)]),
+        ("size on disk", costs([form["bytes"] for form in forms], text.num_bytes)),
+    ]
+    for size in compressed_batch_sizes(summary):
+        times = [form["latency_ms"].get(size) for form in forms]
+        rows.append((f"latency, batch {size}", costs(times, text.milliseconds)))
+    return rows
+
+
+def quantised(summary: Summary) -> str:
+    """What the table of `compression` was measured on."""
+    found = summary["compression"]
+    return (
+        f"ONNX files, {found['runtime'] or 'ONNX Runtime'} on the CPU with {text.whole(found['threads'])} "
+        f"{'thread' if found['threads'] == 1 else 'threads'}, {text.whole(found['rows'])} validation rows. INT8: static, weights of "
+        f"{text.whole(found['weight_bits'])} bits with a scale for each output, ranges of the activations from "
+        f"{text.whole(found['calibration_rows'])} training rows; it gives the cut network's answer on "
+        f"{text.percent(found['cut_int8']['agreement'])} of the rows."
+    )
 
 
 def _times(columns: Sequence[Network], milliseconds: Sequence[float | None]) -> list[Cell]:

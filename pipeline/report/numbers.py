@@ -101,6 +101,41 @@ class WeightMasks(TypedDict):
     num_whole: int | None
 
 
+class Compressed(TypedDict):
+    """One form of the network, as an ONNX file on the CPU. `agreement` is with the answers of the cut one."""
+
+    bytes: int | None
+    top1: float | None
+    agreement: float | None
+    latency_ms: dict[str, float | None]
+
+
+class Compression(TypedDict):
+    """The dense network, the pruned one, and that in INT8, on the same validation rows; `sha256` is that of the INT8 file."""
+
+    rows: int | None
+    calibration_rows: int | None
+    weight_bits: int | None
+    runtime: str | None
+    threads: int | None
+    runs: int | None
+    sha256: str | None
+    dense: Compressed
+    cut: Compressed
+    cut_int8: Compressed
+
+
+class RoundFigures(TypedDict):
+    """What one of several rounds has left; `seconds` are those of all its stages."""
+
+    round: int
+    params: int | None
+    macs: int | None
+    top1_before_recovery: float | None
+    top1: float | None
+    seconds: float | None
+
+
 class Verified(TypedDict):
     """Largest difference between the outputs of the cut network and of the masked dense one."""
 
@@ -161,11 +196,14 @@ class Summary(TypedDict):
     """What training with penalties or masks made of the dense network, before anything was cut."""
     pruned: Pruned
     controls: dict[str, Pruned]
+    rounds: list[RoundFigures] | None
+    """Null where there is only one."""
     saliency: Saliency
     plan: PlanFigures
     masks: Masks
     stability: Stability
     weight_masks: WeightMasks
+    compression: Compression
     verify: Verified
     frozen: list[FrozenGroup]
     train: Training
@@ -192,12 +230,14 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "masks": ("sha256",),
     "stability": ("rows", "median_error", "p90_error"),
     "weight_masks": ("pattern", "criterion", "scope", "sha256", "kept", "weights", "num_whole"),
+    "compression": ("rows", "calibration_rows", "weight_bits", "runtime", "threads", "runs", "sha256"),
     "verify": ("max_abs_diff", "max_rel_diff", "rows"),
     "train": ("epochs", "seconds", "rows_per_s"),
     "recover": ("epochs", "seconds", "rows_per_s"),
     "data": ("train", "val", "val_rows"),
 }
 _RECORDS: dict[str, tuple[str, ...]] = {
+    "rounds": ("round", "params", "macs", "top1_before_recovery", "top1", "seconds"),
     "plan.groups": ("name", "size", "kept"),
     "stability.curve": ("rows", "plan_change", "rank_correlation"),
     "frozen": ("group", "size", "operation", "where", "reason"),
@@ -207,9 +247,11 @@ _RECORDS: dict[str, tuple[str, ...]] = {
     "train.history": ("step", "epoch", "loss", "lr"),
     "recover.history": ("step", "epoch", "loss", "lr"),
 }
+COMPRESSED = {"dense": "dense", "cut": "cut", "cut_int8": "cut + INT8"}
+"""Forms of the network in `compression`, and what they are called."""
 _ENVIRONMENT = ("command", "python", "device", "cpus")
 _ACCURACIES = {"top1", "top5", "agreement", "top1_before_recovery"}
-_TEXTS = {"criterion", "sha256", "scope", "pattern"}
+_TEXTS = {"criterion", "sha256", "scope", "pattern", "runtime"}
 
 
 def complete(given: Mapping[str, Any]) -> Summary:
@@ -229,6 +271,9 @@ def complete(given: Mapping[str, Any]) -> Summary:
     result["controls"] = {
         name: _control(f"controls.{name}", controls.get(name)) for name in dict.fromkeys((*_CONTROLS, *controls))
     }
+    for form in COMPRESSED:
+        section = _section(f"compression.{form}", result["compression"].get(form), ("bytes", "top1", "agreement"))
+        result["compression"][form] = {**section, **_latencies(section, ("latency_ms",))}
     result["plan"]["budget"] = _mapping("plan.budget", result["plan"].get("budget"))
     result["plan"]["removed_blocks"] = list(result["plan"].get("removed_blocks") or [])
     result["environment"] = {**dict.fromkeys(_ENVIRONMENT), **_mapping("environment", result.get("environment"))}
@@ -236,6 +281,7 @@ def complete(given: Mapping[str, Any]) -> Summary:
         *parents, last = path.split(".")
         holder = result[parents[0]] if parents else result
         holder[last] = _records(path, holder.get(last), keys)
+    result["rounds"] = result["rounds"] or None
     for group in result["plan"]["groups"]:
         kept, size = group["kept"], group["size"]
         if not isinstance(kept, int) or not isinstance(size, int) or not 0 <= kept <= size:
@@ -309,9 +355,24 @@ def onnx_batch_sizes(summary: Summary) -> list[str]:
     return _sizes(summary, "onnx_latency_ms")
 
 
+def compressed_batch_sizes(summary: Summary) -> list[str]:
+    """Batch sizes at which the INT8 network was timed beside the others."""
+    return _ascending({size for form in compressed(summary) for size in form["latency_ms"]})
+
+
+def compressed(summary: Summary) -> list[Compressed]:
+    """dense | cut | cut + INT8; empty where nothing was quantised."""
+    found = summary["compression"]
+    forms = [found["dense"], found["cut"], found["cut_int8"]]
+    return forms if found["sha256"] is not None else []
+
+
 def _sizes(summary: Summary, key: Literal["latency_ms", "onnx_latency_ms"]) -> list[str]:
     every = [summary["dense"], summary["pruned"], *summary["controls"].values()]
-    sizes = {size for network in every for size, value in network[key].items() if value is not None}
+    return _ascending({size for network in every for size, value in network[key].items() if value is not None})
+
+
+def _ascending(sizes: set[str]) -> list[str]:
     return sorted(sizes, key=lambda size: (int(size) if size.isdigit() else math.inf, size))
 
 
@@ -350,8 +411,8 @@ def _control(path: str, value: Any) -> dict[str, Any]:
     return {**control, **_latencies(control)}
 
 
-def _latencies(network: Mapping[str, Any]) -> dict[str, dict[str, float | None]]:
-    found = {key: _mapping(key, network.get(key)) for key in _LATENCIES}
+def _latencies(network: Mapping[str, Any], keys: Sequence[str] = _LATENCIES) -> dict[str, dict[str, float | None]]:
+    found = {key: _mapping(key, network.get(key)) for key in keys}
     for key, times in found.items():
         for size, milliseconds in times.items():
             _check(f"{key}.{size}", milliseconds)

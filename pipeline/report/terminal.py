@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from rich import box
@@ -12,8 +12,19 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from pipeline.report.html import AFTER, BEFORE, NONZERO, comparison, findings
-from pipeline.report.numbers import complete, networks
+from pipeline.report.html import (
+    AFTER,
+    BEFORE,
+    NONZERO,
+    ROUNDS,
+    Cell,
+    comparison,
+    compression,
+    findings,
+    quantised,
+    rounds,
+)
+from pipeline.report.numbers import COMPRESSED, complete, networks
 from pipeline.report.text import NOT_MEASURED, count, duration
 
 SHORT = {BEFORE: "top-1, cut", AFTER: "top-1, recovered", NONZERO: "non-zero"}
@@ -33,15 +44,34 @@ def summary_table(summary: Mapping[str, Any]) -> Table:
             Text(network.name), justify="right", style="bold" if network.kind == "ours" else "", header_style=style
         )
     for name, cells in comparison(full):
-        shown = [Text.assemble(cell.value, (f" {cell.note}" if cell.note else "", "dim")) for cell in cells]
+        shown = [_shown(cell) for cell in cells]
         missing = [Text()] * (len(columns) - len(shown))  # the dense network's cell spans two rows of the page
         table.add_row(Text(SHORT.get(name, name)), *missing, *shown, end_section=name == "loss")
     return table
 
 
+def _table(title: str, columns: Iterable[str], rows: Iterable[tuple[str, Iterable[Cell]]]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, title=title, title_justify="left")
+    table.add_column("")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, cells in rows:
+        table.add_row(name, *(_shown(cell) for cell in cells))
+    return table
+
+
+def _shown(cell: Cell) -> Text:
+    return Text.assemble(cell.value, (f" {cell.note}" if cell.note else "", "dim"))
+
+
 def print_summary(summary: Mapping[str, Any], console: Console) -> None:
-    console.print(summary_table(summary))
-    for sentence in findings(complete(summary)):
+    full = complete(summary)
+    console.print(summary_table(full))
+    if rounds(full):
+        console.print(_table("round by round", (SHORT.get(name, name) for name in ROUNDS), rounds(full)))
+    if compression(full):
+        console.print(_table("with INT8", COMPRESSED.values(), compression(full)))
+    for sentence in [*findings(full), *([quantised(full)] if compression(full) else [])]:
         console.print(Text(sentence), style="dim")
 
 

@@ -39,6 +39,11 @@ def count(value: float | None) -> str:
     return f"{value:.0f}"
 
 
+def num_bytes(value: float | None) -> str:
+    """13,668,429 as 13.67 MB."""
+    return MISSING if value is None else f"{count(value)}B" if value >= 1000 else f"{value:.0f} B"
+
+
 def whole(value: float | None) -> str:
     return MISSING if value is None else f"{value:,.0f}"
 

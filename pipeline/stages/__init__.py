@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipeline import artifacts
+from pipeline.artifacts import StaleArtifact
 from pipeline.data.folder import require_same_classes
 from pipeline.data.units import Units
 from pipeline.export import onnx
@@ -10,9 +11,10 @@ from pipeline.run import Run, environment
 from pipeline.stages.cutting import calibrate, cut_and_verify
 from pipeline.stages.masking import check_masks, mask_weights, require_maskable
 from pipeline.stages.planning import check_blocks, check_stop, kinds_needed, plan
+from pipeline.stages.quantising import quantise
 from pipeline.stages.results import evaluate_after, evaluate_before, export, export_forms, latency, onnx_latency
 from pipeline.stages.scoring import curvature, score, trace_groups
-from pipeline.stages.training import check_methods, dense, recover, sparsify, training_order
+from pipeline.stages.training import check_methods, dense, recover, sparsify, sparsify_inputs, training_order
 
 SHARED = {
     "dense": ["networks/dense.safetensors", "networks/dense-statistics.safetensors"],
@@ -28,11 +30,20 @@ OF_THE_PARENT = ("sparsify", "score", "curvature")
 
 
 def run_all(run: Run) -> None:
-    """From a trained network to a smaller one and a report."""
+    """From a trained network to a smaller one, in as many rounds as the configuration says."""
     check_early(run)
+    for one in run.rounds:
+        run_round(one)
+        if one is not run:
+            one.release()
+    hand_over(run)
+
+
+def run_round(run: Run) -> None:
+    """Score, plan, cut and recover once."""
     dense(run)
     trace_groups(run)
-    require_maskable(run)
+    require_maskable(run.one_shot)
     sparsify(run)
     score(run)
     curvature(run)
@@ -43,19 +54,27 @@ def run_all(run: Run) -> None:
     evaluate_before(run)
     recover(run)
     evaluate_after(run)
+
+
+def hand_over(run: Run) -> None:
+    """Measure the times of what is left, and write it down for other runtimes."""
     latency(run)
     export(run)
     onnx_latency(run)
     export_forms(run)
+    quantise(run)
 
 
 def branch(old: Run, new: Run) -> None:
-    """Begin `new` with the dense network, the graph and the statistics of `old`, as far as they are done there."""
+    """Begin `new` with the dense network, the graph and the statistics of `old`, as far as they are done there; of several rounds the
+    first."""
+    old, new = old.first, new.first
     for stage, files in SHARED.items():
         record = old.manifest.stages.get(stage)
         if record is None or record.state != "done" or stage in new.manifest.stages:
             continue
-        if stage in OF_THE_PARENT and old.parent != new.parent:
+        if stage in OF_THE_PARENT and not _cut_the_same(old, new):
+            new.say(f"{stage}: not taken from {old.dir}, which cuts other weights")
             continue
         for file in files:
             if artifacts.exists(old.path(file)):
@@ -64,16 +83,25 @@ def branch(old: Run, new: Run) -> None:
         new.say(f"{stage}: taken from {old.dir}")
 
 
+def _cut_the_same(old: Run, new: Run) -> bool:
+    """Do both cut the dense network, or what the same sparse training makes of it?"""
+    if old.parent != new.parent or new.parent == "dense":
+        return old.parent == new.parent
+    record = old.manifest.stages.get("sparsify")
+    return record is not None and record.fingerprint == artifacts.sha256_of(sparsify_inputs(new))
+
+
 def check_early(run: Run) -> None:
     """What would end the run after hours ends it now: names, paths, budgets, packages, the network's size against the labels'."""
-    config = run.config
+    config, goal = run.given, run.one_shot
     artifacts.probe_writable(run.dir)
-    kinds_needed(run)
-    check_masks(run)
-    check_stop(run)
-    check_blocks(run)
-    check_methods(run)
-    if config.export.onnx:
+    require_rounds(run)
+    kinds_needed(goal)
+    check_masks(goal)
+    check_stop(goal)
+    check_blocks(goal)
+    check_methods(goal)
+    if config.export.onnx or config.export.int8:
         onnx.require_packages()
     _ = run.num_classes
     require_same_classes(run.train_rows, run.val_rows)
@@ -85,3 +113,12 @@ def check_early(run: Run) -> None:
     if not artifacts.exists(run.path("config.yaml")):
         artifacts.write_json(run.path("environment.json"), environment(run))
         run.keep_config()
+
+
+def require_rounds(run: Run) -> None:
+    """The last round works in the directory itself: what one round has left there would be refused by it, hours later."""
+    if run.base and "checkpoint_sha256" in getattr(run.manifest.stages.get("dense"), "inputs", {}):
+        raise StaleArtifact(
+            f"{run.dir} holds a run of one round, this one asks for rounds = {run.given.rounds}. Use another --run-dir, or begin a new run "
+            f"with its statistics: python -m pipeline branch {run.dir} NEW --rounds {run.given.rounds}."
+        )

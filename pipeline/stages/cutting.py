@@ -24,9 +24,10 @@ def cut_and_verify(run: Run) -> None:
     """RUN/networks/NAME-cut.safetensors, RUN/verify.json: the cut network equals the masked dense one on real rows."""
 
     def work() -> None:
-        network, images = run.network(run.parent), example_images(run, VERIFY_ROWS)
-        found = {}
+        images, found = example_images(run, VERIFY_ROWS), {}
         for name in networks(run):
+            start = run.start_of(name)
+            network = start.network(start.parent)
             small = cut(network, run.plan(name))
             difference = verify(small, mask(network, run.plan(name)), images).require()
             found[name] = asdict(difference)

@@ -139,15 +139,15 @@ def mask_weights(run: Run) -> None:
 
 def _mask(run: Run, name: str, rule: Rule, stored: Mapping[str, Tensor]) -> dict[str, Any]:
     """Masks of one network, and what RUN/weight_masks.json tells about them."""
-    settings, scope, plan = run.config.masks, _scope(run, rule), run.plan(name)
+    settings, scope, plan, start = run.config.masks, _scope(run, rule), run.plan(name), run.start_of(name)
     assert settings.pattern is not None
     network = run.network(f"{name}-cut", plan=name)
-    names, whole, num_keep = _chosen(run, rule, network, plan, stored)
+    names, whole, num_keep = _chosen(start, rule, network, plan, stored)
     masks: dict[str, Tensor] = {}
     if name == "ours":
         _require_some(run, rule, names, whole)
     if names:  # a control may have been cut to shapes that no pattern fits, and is compared all the same
-        parent = run.network(run.parent).state_dict()
+        parent = start.network(start.parent).state_dict()
         scores = Scores(rule, names, stored, parent, run.config.score.seed, plan.slices())
         masks = weight_masks(scores, pattern=settings.pattern, keep=settings.keep, num_keep=num_keep, scope=scope)
     run.save_network(f"{name}-masked", masked(network, masks).state_dict())

@@ -64,33 +64,38 @@ def kinds_needed(run: Run) -> set[str]:
             "criterion 'hard_concrete' reads gates that are trained: give sparsify.method hard_concrete and sparsify.epochs, or choose "
             "another criterion."
         )
+    if run.given.rounds > 1 and (counted := kinds & OF_TRAINING):
+        raise ValueError(
+            f"rounds ({run.given.rounds}): {', '.join(sorted(counted))} is counted while the dense network is trained, before the first round, "
+            "and says nothing about the networks of later ones. Set it to 1, or choose another criterion."
+        )
     return kinds
 
 
 def one_budget(run: Run) -> bool:
     """Does one budget of parameters hold for channels and weights together?"""
-    pattern, keep = run.config.masks.pattern, run.config.masks.keep
-    if pattern is None or keep is not None or run.config.budget.params is None:
+    pattern, keep = run.given.masks.pattern, run.given.masks.keep
+    if pattern is None or keep is not None or run.given.budget.params is None:
         return False
     return Pattern.parse(pattern).num_keep is None
 
 
 def channel_budget(run: Run) -> Budget | None:
-    """What the cut has to meet; None where nothing is cut."""
+    """What the cut has to leave of the dense network that the run was given; None where nothing is cut."""
     settings = run.config.budget
     if not settings.given:
         return None
-    if one_budget(run):
-        assert settings.params is not None
-        # Powers differ in the last digit from machine to machine, plans may not.
-        return Budget(params=round(settings.params ** (1 - run.config.masks.share), 12))
-    return Budget(params=settings.params, macs=settings.macs)
+    whole = Budget(params=settings.params, macs=settings.macs)
+    power = run.part * (1 - run.given.masks.share if one_budget(run) else 1)
+    # Powers differ in the last digit from machine to machine, plans may not.
+    return whole if power == 1 else Budget(**{whole.measure: round(whole.fraction**power, 12)})
 
 
 def budget_inputs(run: Run) -> dict[str, Any]:
-    """The budget as stages are made from it; where no block may go, blocks are no part of it."""
+    """The budget as stages are made from it, and what it is a fraction of; where no block may go, blocks are no part of it."""
     settings, budget = run.config.budget, channel_budget(run)
     found = settings.model_dump(mode="json", exclude=None if settings.max_blocks else {"max_blocks"})
+    found |= {"dense": run.first.graph().sha256()} if run.base else {}
     return found | (budget.as_dict() if budget else {})
 
 
@@ -151,6 +156,7 @@ def planned(run: Run, graph: Graph, saliency: Saliency, rule: Rule) -> Plan:
         min_keep=settings.min_keep,
         round_to=settings.round_to,
         max_blocks=settings.max_blocks,
+        dense=run.first.graph() if run.base else None,
     )
 
 
@@ -175,11 +181,11 @@ def plan(run: Run) -> None:
     def work() -> None:
         stored = statistics(run)
         for name, rule in rules.items():
-            saliency: Saliency = {}
+            start, saliency = run.start_of(name), Saliency()
             if config.budget.given:
-                saliency = saliency_of(run, rule, graph, stored)
+                saliency = saliency_of(start, rule, start.graph(), stored)
                 artifacts.write_tensors(run.path("saliency", f"{name}.safetensors"), saliency)
-            artifacts.write_bytes(run.plan_path(name), planned(run, graph, saliency, rule).to_json().encode())
+            artifacts.write_bytes(run.plan_path(name), planned(start, start.graph(), saliency, rule).to_json().encode())
         artifacts.write_json(run.path("saliency", "stability.json"), stability(run, stored))
         save_masks(run.path("masks.safetensors"), channel_masks(run.plan("ours")))
 

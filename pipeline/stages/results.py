@@ -22,7 +22,8 @@ from pipeline.training.latency import measure_latency
 
 def evaluate_before(run: Run) -> None:
     """RUN/evaluation/before.json: the dense network, what it was cut from, and every pruned one before any training."""
-    models: dict[str, tuple[str, str | None]] = {name: (name, None) for name in dict.fromkeys(("dense", run.parent))}
+    whole = dict.fromkeys(("dense", run.first.parent))
+    models: dict[str, tuple[str, str | None]] = {name: (name, None) for name in whole}
     models |= {name: (f"{name}-calibrated", name) for name in networks(run)}
     evaluate(run, "evaluate-before", "before", models)
 
@@ -35,25 +36,44 @@ def evaluate_after(run: Run) -> None:
 
 
 def evaluate(run: Run, stage: str, file: str, models: dict[str, tuple[str, str | None]]) -> None:
+    def home(plan: str | None) -> Run:
+        return run.first if plan is None else run
+
+    def load() -> dict[str, nn.Module]:
+        return {name: home(plan).network(weights, plan) for name, (weights, plan) in models.items()}
+
+    made_from = {name: home(plan).weights_sha256(weights) for name, (weights, plan) in models.items()}
+    evaluate_networks(run, stage, file, load, reference="dense", weights=made_from)
+
+
+def evaluate_networks(
+    run: Run,
+    stage: str,
+    file: str,
+    load: Callable[[], dict[str, nn.Module]],
+    *,
+    reference: str,
+    weights: dict[str, Any],
+) -> None:
+    """RUN/evaluation/FILE.json: all networks on the validation rows, in one pass.
+
+    Args:
+        load: the networks by name, asked for only where there is something to do.
+        reference: the one whose answers the others' are compared with.
+        weights: what tells the networks apart from others under the same names.
+    """
     settings = run.config.evaluate
     units = Units(run.val_rows.row_groups, settings.batch_size, settings.num_rows)
-    inputs = run.pass_inputs(
-        run.val_rows,
-        units,
-        settings.batch_size,
-        weights={name: run.weights_sha256(weights) for name, (weights, _) in models.items()},
-    )
+    inputs = run.pass_inputs(run.val_rows, units, settings.batch_size, weights=weights)
 
     def work() -> None:
-        loaded = {name: run.network(weights, plan=plan_name) for name, (weights, plan_name) in models.items()}
-        task = Evaluation(loaded, run.num_classes, reference="dense")
         result = run.data_pass(
             stage,
-            task,
+            Evaluation(load(), run.num_classes, reference=reference),
             run.val_rows,
             units,
             micro_batch=settings.batch_size,
-            title=f"evaluate {file} recovery",
+            title=stage.replace("-", " "),
         )
         metrics = {name: asdict(value) for name, value in summarise(result.values).items()}
         content = {"models": metrics, "rows": result.rows, "seconds": result.seconds, "bad_rows": result.bad_rows}
@@ -62,17 +82,13 @@ def evaluate(run: Run, stage: str, file: str, models: dict[str, tuple[str, str |
     run.stage(stage, inputs, run.path("evaluation", f"{file}.json"), work)
 
 
-def final_weights(run: Run) -> str:
-    return "ours-recovered" if run.config.recover.epochs else "ours-calibrated"
-
-
 def latency(run: Run) -> None:
     """RUN/latency.json: forward times of the dense and the pruned network on a worker's device, measured in turns."""
     settings = run.config.evaluate
     inputs = {**_timing_inputs(run), "device": run.device}
 
     def work() -> None:
-        models = {"dense": run.network("dense")}
+        models = {"dense": run.first.network("dense")}
         models |= {name: run.network(f"{name}-cut", plan=name) for name in networks(run)}
         found = run.pool.call(
             _measure, models, run.input.size, (1, settings.latency_batch), run.device, settings.latency_runs
@@ -89,7 +105,7 @@ def onnx_latency(run: Run) -> None:
     settings = run.config.evaluate
 
     def work() -> None:
-        models = {"dense": run.network("dense"), "ours": run.network("ours-cut", plan="ours")}
+        models = {"dense": run.first.network("dense"), "ours": run.network("ours-cut", plan="ours")}
         found = run.pool.call(_measure_onnx, models, run.input.size, (1, settings.latency_batch), settings.latency_runs)
         artifacts.write_json(run.path("onnx_latency.json"), found)
 
@@ -123,7 +139,7 @@ def _measure_onnx(models: dict[str, nn.Module], size: int, batches: tuple[int, i
 
 def export(run: Run) -> None:
     """RUN/model: the artifact."""
-    weights = final_weights(run)
+    weights = run.result
     plan_ = run.plan("ours")
     accuracy = artifacts.read_json(run.path("evaluation", "after.json" if run.config.recover.epochs else "before.json"))
     extra: dict[str, Any] = {"top1": accuracy["models"]["ours"]["top1"]}
@@ -159,7 +175,7 @@ FORMS = {"onnx": ("model.onnx", onnx.to_onnx), "program": ("model.pt2", onnx.to_
 
 def export_forms(run: Run) -> None:
     """RUN/model/model.onnx, RUN/model/model.pt2: those that are asked for, each compared with the network."""
-    weights = final_weights(run)
+    weights = run.result
     inputs = {
         "weights": run.weights_sha256(weights),
         "plan": run.plan("ours").sha256(),

@@ -46,7 +46,7 @@ def trace_groups(run: Run) -> None:
     inputs |= {"blocks": True} if blocks else {}
     run.stage("trace", inputs, run.path("graph.json"), work)
     if "plan" not in run.manifest.stages:
-        require_reachable(run)
+        require_reachable(run if run.base else run.one_shot)
 
 
 def require_reachable(run: Run) -> None:

@@ -49,24 +49,30 @@ def dense(run: Run) -> None:
 
 def sparsify(run: Run) -> None:
     """RUN/networks/sparse.safetensors: trained on with penalties, gates or changing masks, where the configuration says so."""
-    settings = run.config.sparsify
+    settings, goal = run.config.sparsify, run.one_shot
     if not settings.epochs:
         return
-    inputs = {
-        **training_inputs(run, settings),
-        "weights": run.weights_sha256("dense"),
-        "graph": run.graph().sha256(),
-        "budget": budget_inputs(run),
-        "masks": run.config.masks.model_dump(mode="json", include={"pattern", "only", "keep", "scope", "share"}),
-    }
 
     def work() -> None:
         dense = run.network("dense")
         teacher = dense if settings.distill_weight else None
-        policies = sparse_policies(run)
+        policies = sparse_policies(goal)
         _keep(run, "sparse", run_training(run, "sparsify", settings, dense, teacher, policies=policies))
 
-    run.stage("sparsify", inputs, run.path("networks", "sparse.safetensors"), work)
+    run.stage("sparsify", sparsify_inputs(run), run.path("networks", "sparse.safetensors"), work)
+
+
+def sparsify_inputs(run: Run) -> dict[str, Any]:
+    """What the sparse network is made from."""
+    goal = run.one_shot
+    masks = goal.config.masks.model_dump(mode="json", include={"pattern", "only", "keep", "share"})
+    return {
+        **training_inputs(run, run.config.sparsify),
+        "weights": run.weights_sha256("dense"),
+        "graph": run.graph().sha256(),
+        "budget": budget_inputs(goal),
+        "masks": {**masks, "scope": weight_target(goal).scope},
+    }
 
 
 def sparse_policies(run: Run) -> list[MakePolicy]:
@@ -80,6 +86,11 @@ def check_methods(run: Run) -> None:
     settings, masks = run.config.sparsify, run.config.masks
     keep = run.config.budget.params if one_budget(run) else masks.keep
     require_aims(settings.method, budget=run.config.budget.given, pattern=masks.pattern, keep=keep)
+    if masks.pattern and "hard_concrete" in masks.criterion and run.config.budget.given:
+        raise ValueError(
+            "masks.criterion hard_concrete reads gates of single weights; with a budget for channels the gates are theirs. Choose another "
+            "criterion for the masks, such as magnitude, or leave the budget out and give masks.keep."
+        )
 
 
 def _aim(run: Run) -> Aim:
@@ -122,7 +133,7 @@ def recovered(run: Run) -> list[str]:
 
 
 def recover(run: Run) -> None:
-    """RUN/networks/NAME-recovered.safetensors: trained after the cut, taught by the dense network."""
+    """RUN/networks/NAME-recovered.safetensors: trained after the cut, taught by the dense network that the run was given."""
     settings = run.config.recover
     if not settings.epochs:
         run.say("recover: left out, recover.epochs is 0")
@@ -134,7 +145,7 @@ def recover(run: Run) -> None:
 
         def work(name: str = name, stage: str = stage) -> None:
             model = run.network(f"{name}-calibrated", plan=name)
-            teacher = run.network("dense") if settings.distill_weight else None
+            teacher = run.first.network("dense") if settings.distill_weight else None
             masks = run.weight_masks(name)
             policies = [partial(Masked, masks=masks)] if masks else []
             result = run_training(run, stage, settings, model, teacher, policies=policies)

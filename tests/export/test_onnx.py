@@ -104,6 +104,13 @@ def test_what_the_first_forward_keeps_is_there_before_the_export(tmp_path: Path,
     assert model.kept == {}
 
 
+def test_a_file_tells_nothing_of_the_machine_that_wrote_it(tmp_path: Path, small):
+    to_onnx(small, torch.zeros(1, 3, 4, 4), tmp_path / "out")
+    data = (tmp_path / "out").read_bytes()
+    assert b"stack_trace" not in data
+    assert str(Path(__file__).parent.parent.parent).encode() not in data
+
+
 # --- refused ------------------------------------------------------------------------------------------------------------
 
 

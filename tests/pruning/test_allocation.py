@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from fractions import Fraction
 
 import pytest
@@ -304,3 +305,17 @@ def test_a_floor_is_rounded_up_to_a_multiple():
     with pytest.raises(ValueError, match=r"at least 16 remain"):
         num_kept_of_vector(100, 0.12)
     assert num_kept_of_vector(100, 0.16) == 16
+
+
+def test_after_an_earlier_cut_target_floors_and_steps_are_those_of_the_dense_network():
+    def beside(size: int) -> Graph:
+        """`vector` beside 10,000 parameters that stay: a channel is too little to leave the multiples for."""
+        return replace(vector(size), shapes={"p": (size,), "rest": (10_000,)}, parameters=("p", "rest"))
+
+    dense, left, saliency = beside(40), beside(24), {"p": torch.arange(24.0)}
+    made = plan(left, saliency, Budget(params=10_018.5 / 10_040), dense=dense)
+    assert (made.dense.params, made.kept.params) == (10_040, 10_016)  # a group of 40 goes by 8, also when 24 are left
+    assert made.groups[0].kept == tuple(range(8, 24))
+    assert plan(left, saliency, Budget(params=10_018.5 / 10_024)).kept.params == 10_018
+    with pytest.raises(ValueError, match=r"10,018 of 10,040 params, but at least 10,024 remain"):
+        plan(left, saliency, Budget(params=10_018.5 / 10_040), min_keep=0.5, dense=dense)  # 20 of 40, rounded up

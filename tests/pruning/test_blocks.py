@@ -199,6 +199,20 @@ def test_the_least_salient_block_goes_and_no_more_than_may(scope):
         assert chosen.kept.params <= 0.35 * chosen.dense.params
 
 
+def test_a_second_cut_counts_the_blocks_of_the_first():
+    first = plan(graph(), saliency(1000.0, b0=9.0, b2=2.0, b3=1.0), Budget(params=0.65), max_blocks=0.34)
+    small = cut(resnet(), first)
+    left = trace(small, IMAGE, blocks=True)
+    assert (names_of(first), names(left)) == (["blocks.3"], ["blocks.0", "blocks.2"])
+    values = {name: torch.ones(size) for name, size in left.scored().items()} | {"block:blocks.0": torch.tensor([1e6])}
+    for most, gone in ((0.34, []), (0.67, ["blocks.2"])):
+        second = plan(left, values, Budget(params=0.25), max_blocks=most, dense=graph())
+        assert names_of(second) == gone
+        assert second.dense == first.dense
+        assert second.kept.params <= 0.25 * first.dense.params
+        assert verify(cut(small, second), mask(small, second), TWO_ROWS).require()
+
+
 def test_in_the_global_scope_a_block_competes_with_channels_by_saliency_per_cost():
     budget = Budget(params=0.65)
     cheap = plan(graph(), saliency(1.0, b0=1e6, b2=1e6, b3=1.0), budget, max_blocks=1)

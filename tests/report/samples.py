@@ -263,6 +263,18 @@ def digits() -> dict[str, Any]:
             "groups": [{"name": n, "size": size, "kept": kept} for n, (size, kept) in zip(names, widths, strict=True)],
         },
         "masks": {"sha256": digest(8)},
+        "compression": {
+            "rows": 360,
+            "calibration_rows": 512,
+            "weight_bits": 8,
+            "runtime": "onnxruntime 1.32.0",
+            "threads": 1,
+            "runs": 30,
+            "sha256": digest(11),
+            "dense": {"bytes": 19710472, "top1": 0.9667, "agreement": 0.9889, "latency_ms": {"1": 1.12, "32": 17.9}},
+            "cut": {"bytes": 8669784, "top1": 0.9694, "agreement": 1.0, "latency_ms": {"1": 0.61, "32": 9.8}},
+            "cut_int8": {"bytes": 2228913, "top1": 0.9667, "agreement": 0.9917, "latency_ms": {"1": 0.31, "32": 4.9}},
+        },
         "verify": {"max_abs_diff": 1.19e-6, "max_rel_diff": 3.4e-7, "rows": 16},
         "frozen": [
             {

@@ -48,6 +48,14 @@ class Page(HTMLParser):
             self.text += data
 
 
+def test_the_quantised_network_stands_beside_the_others_where_there_is_one():
+    shown = Page(render(digits())).text
+    assert "With INT8" in shown
+    assert "19.71 MB" in shown
+    assert "ranges of the activations from 512 training rows" in shown.replace("\u00a0", " ")
+    assert "INT8" not in Page(render(sparse())).text
+
+
 @pytest.mark.parametrize("name", [*SAMPLES])
 def test_a_page_is_well_formed_and_loads_nothing(name):
     page = render(SAMPLES[name]())

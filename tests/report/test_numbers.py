@@ -19,6 +19,7 @@ GOLDEN = {
         "latency_ms", "onnx_latency_ms",
     },
     "controls": {"random", "magnitude"},
+    "rounds": None,
     "saliency": {
         "criterion", "rows", "units", "workers", "sha256", "seconds", "rows_per_s", "skipped",
         "commits", "lost_workers", "resumed_units",
@@ -27,6 +28,9 @@ GOLDEN = {
     "masks": {"sha256"},
     "stability": {"rows", "curve", "median_error", "p90_error"},
     "weight_masks": {"pattern", "criterion", "scope", "sha256", "kept", "weights", "num_whole"},
+    "compression": {
+        "rows", "calibration_rows", "weight_bits", "runtime", "threads", "runs", "sha256", "dense", "cut", "cut_int8",
+    },
     "verify": {"max_abs_diff", "max_rel_diff", "rows"},
     "frozen": None,
     "train": {"epochs", "seconds", "rows_per_s", "history"},
@@ -90,6 +94,8 @@ def test_unknown_keys_stay():
         ({"controls": {"random": {"top1_before_recovery": -0.1}}}, r"controls\.random\.top1_before_recovery is -0\.1"),
         ({"dense": 3}, r"dense is 3; it is a mapping"),
         ({"pruned": {"onnx_latency_ms": {"1": "fast"}}}, r"onnx_latency_ms\.1 is 'fast'; it is a number"),
+        ({"compression": {"cut": {"bytes": "1 MB"}}}, r"compression\.cut\.bytes is '1 MB'; it is a number"),
+        ({"compression": {"cut_int8": {"top1": 94}}}, r"compression\.cut_int8\.top1 is 94; accuracies are fractions"),
         ({"stages": {"score": 1}}, r"stages is .*; it is a list"),
         ({"plan": {"groups": [{"name": "a", "size": 4, "kept": 5}]}}, r"0 <= kept <= size"),
         ({"plan": {"sha256": 12}}, r"plan\.sha256 is 12; it is text"),

@@ -31,6 +31,21 @@ def test_summary_table_of_a_whole_run():
     assert " ".join(onnx.split()) == "ONNX, batch 32 17.9 ms – – 9.80 ms 54.7 %"
 
 
+def test_the_quantised_network_has_a_table_of_its_own_where_there_is_one():
+    text = shown(terminal.print_summary, digits())
+    lines = [" ".join(line.split()) for line in text.splitlines()]
+    at = lines.index("with INT8")
+    assert lines[at + 2] == "dense cut cut + INT8"
+    assert lines[at + 4 : at + 8] == [
+        "top-1 96.67 % 96.94 % +0.27 96.67 % ±0.00",
+        "size on disk 19.71 MB 8.670 MB 44.0 % 2.229 MB 11.3 %",
+        "latency, batch 1 1.12 ms 0.61 ms 54.5 % 0.31 ms 27.7 %",
+        "latency, batch 32 17.9 ms 9.80 ms 54.7 % 4.90 ms 27.4 %",
+    ]
+    assert "it gives the cut network's answer on 99.17 % of the rows" in " ".join(lines)
+    assert "INT8" not in shown(terminal.print_summary, sparse())
+
+
 @pytest.mark.parametrize("name", [*SAMPLES])
 def test_summary_fits_eighty_columns(name):
     assert "…" not in shown(terminal.print_summary, SAMPLES[name]())

@@ -24,6 +24,11 @@ def test_counts_have_four_digits(value, shown):
     assert text.count(value) == shown
 
 
+@pytest.mark.parametrize(("value", "shown"), [(999, "999 B"), (13_668_429, "13.67 MB"), (2_470_000_000, "2.470 GB")])
+def test_bytes_are_counted_in_thousands(value, shown):
+    assert text.num_bytes(value) == shown
+
+
 @given(st.integers(0, 10**14))
 def test_a_count_never_reaches_the_next_unit(value):
     assert float(text.count(value).split()[0].replace(",", "")) < 1000
@@ -53,7 +58,7 @@ def test_latencies_have_three_digits(ms, shown):
 
 @pytest.mark.parametrize(
     "shown",
-    [text.percent, text.count, text.whole, text.milliseconds, text.duration, text.rate, text.small],
+    [text.percent, text.count, text.num_bytes, text.whole, text.milliseconds, text.duration, text.rate, text.small],
     ids=lambda f: f.__name__,
 )
 def test_unknown_is_a_dash_and_zero_is_a_zero(shown):

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -41,6 +43,28 @@ def test_resumed_run_equals_the_undisturbed_one_bit_for_bit(tmp_path, optimizer,
     last = [checkpoint.load(checkpoint.path_of(str(tmp_path / name), 15)) for name in ("whole", "cut")]
     assert same_tensors(last[0]["model"], last[1]["model"])
     assert torch.equal(last[0]["random_states"][0]["cpu"], last[1]["random_states"][0]["cpu"])
+
+
+def test_rewinding_is_the_last_part_of_the_long_schedule_also_after_a_resume(tmp_path):
+    long = run(None, settings=toy_settings(epochs=8, warmup_epochs=1, log_every_steps=1))
+    settings = toy_settings(epochs=3, warmup_epochs=1, rewind_epochs=8, log_every_steps=1)
+    whole = run(tmp_path / "whole", settings=settings)
+    with pytest.raises(Killed):
+        run(tmp_path / "cut", ToyBatches(dies_at=6), settings)
+    resumed = run(tmp_path / "cut", settings=settings)
+    assert resumed.resumed_from == 4
+    # 40 steps in all, 5 of them warm-up; of the cosine's 35 the last 15, from step 20 on.
+    cosine = [1e-5 + (0.1 - 1e-5) * (1 + math.cos(math.pi * t / 35)) / 2 for t in range(20, 35)]
+    assert [record["lr"] for record in whole.history] == pytest.approx(cosine, rel=1e-12)
+    for rates in ([record["lr"] for record in result.history] for result in (whole, resumed)):
+        assert rates == [record["lr"] for record in long.history[25:]]
+    assert same_tensors(whole.state_dict, resumed.state_dict)
+
+
+def test_a_rewound_schedule_is_another_training(tmp_path):
+    run(tmp_path, settings=toy_settings(rewind_epochs=8))
+    with pytest.raises(StaleArtifact, match=r"settings.rewind_epochs: 8 -> None"):
+        run(tmp_path, settings=toy_settings())
 
 
 def test_movement_is_the_sum_of_minus_weight_times_gradient_also_after_a_resume(tmp_path):

@@ -80,6 +80,8 @@ def test_ema_decay_warms_up_and_covers_batch_norm_statistics():
         ({"min_lr": 0.2}, r"min_lr \(0.2\) must lie between 0 and lr \(0.1\)"),
         ({"distill_weight": 1.5}, "distill_weight"),
         ({"clip_grad_norm": 0.0}, "None for no limit"),
+        ({"rewind_epochs": 2}, r"rewind_epochs \(2\) must be at least epochs \(3\) and the warm-up \(0.0\)"),
+        ({"rewind_epochs": 3.5, "warmup_epochs": 1}, r"rewind_epochs \(3.5\) must be at least"),
         ({"ema_decay": 1.0}, r"ema_decay \(1.0\) must lie in \[0, 1\)"),
     ],
 )
