@@ -46,6 +46,16 @@ def test_each_jobs_defaults_come_back_from_yaml(job: str, tmp_path: Path):
         ({**VALUES, "data": {"image_size": "big"}}, ["data.image_size = 'big'", "--data.image_size VALUE"]),
         ({**VALUES, "recover": {"epochs": 3, "batch_size": 30, "num_streams": 4}}, ["batch_size (30)", "(4)"]),
         ({**VALUES, "recover": {"epochs": 1, "warmup_epochs": 2}}, ["recover.warmup_epochs (2.0)", "epochs (1)"]),
+        (
+            {**VALUES, "recover": {"epochs": 3, "rewind_epochs": 2}},
+            ["recover.rewind_epochs (2.0)", "epochs (3)", "Raise it"],
+        ),
+        ({**VALUES, "sparsify": {"method": "rigl"}}, ["sparsify.epochs (0)", "method (rigl)", "Give both"]),
+        ({**VALUES, "sparsify": {"epochs": 3}}, ["sparsify.epochs (3)", "method (none)", "Give both"]),
+        (
+            {**VALUES, "sparsify": {"epochs": 3, "method": "l1_prox, rigl", "strength": 0.1}},
+            ["sparsify.strength [0.1]", "method ['l1_prox', 'rigl']", "one number for each"],
+        ),
         ({**VALUES, "recover": {"lr": 1e-6}}, ["recover.min_lr (1e-05)", "lr (1e-06)"]),
         ({**VALUES, "score": {"rows_per_unit": 8, "micro_batch": 16}}, ["micro_batch (16)", "rows_per_unit (8)"]),
     ],

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import RunConfig, TrainingConfig, WorkersConfig
+from pipeline.config import RunConfig, SparsifyConfig, TrainingConfig, WorkersConfig
 from tests.test_run import config, write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(900)]
 
-STAGES = ["dense", "score", "calibrate", "evaluate-before", "recover", "evaluate-after"]
+STAGES = ["dense", "sparsify", "score", "calibrate", "evaluate-before", "recover", "evaluate-after"]
 
 
 def start(run_dir: Path) -> subprocess.Popen[bytes]:
@@ -36,6 +36,7 @@ def prepare(rows: str, run_dir: Path) -> None:
         rows,
         run_dir,
         train=training,
+        sparsify=SparsifyConfig(**training.model_dump(), method="hard_concrete", update_every_steps=2),
         recover=training,
         workers=WorkersConfig(num_workers=2, commit_interval_s=0.01),
     )
@@ -53,7 +54,7 @@ def finish(run_dir: Path) -> dict[str, str]:
 
 def kill_in(stage: str, run_dir: Path) -> None:
     """SIGKILL as soon as the stage has something on storage, or has run for two seconds."""
-    places = {"dense": "checkpoints/dense-*/step-*", "recover": "checkpoints/recover-*/step-*"}
+    places = {name: f"checkpoints/{name}-*/step-*" for name in ("dense", "sparsify", "recover")}
     driver = start(run_dir)
     manifest, began = run_dir / "manifest.json", None
     deadline = time.monotonic() + 120

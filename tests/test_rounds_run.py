@@ -58,6 +58,7 @@ def final_hashes(run: Run) -> list[tuple[str, str]]:
     return [(one.plan("ours").sha256(), one.weights_sha256(one.result)) for one in run.rounds]
 
 
+@pytest.mark.slow
 def test_the_last_round_meets_the_budget_of_the_network_that_was_given(finished: Run):
     first, last = (one.plan("ours") for one in finished.rounds)
     assert first.dense == last.dense == count(finished.first.graph(), {})
@@ -67,6 +68,7 @@ def test_the_last_round_meets_the_budget_of_the_network_that_was_given(finished:
     assert 0.48 < last.kept.macs / last.dense.macs <= 0.5
 
 
+@pytest.mark.slow
 def test_what_is_left_lies_where_it_always_does(finished: Run):
     model, network = load(finished.path("model")), finished.network(finished.result, plan="ours")
     images = torch.rand(2, 3, 16, 16)
@@ -78,6 +80,7 @@ def test_what_is_left_lies_where_it_always_does(finished: Run):
     assert not Path(finished.first.path("config.yaml")).exists()  # a round is no run to go on with
 
 
+@pytest.mark.slow
 def test_each_round_starts_from_the_result_of_the_one_before(finished: Run):
     first, last = finished.rounds
     result = artifacts.read_tensors(first.path("networks", "ours-recovered.safetensors"))
@@ -87,6 +90,7 @@ def test_each_round_starts_from_the_result_of_the_one_before(finished: Run):
     assert [one.config.seed for one in finished.rounds] == [0, 1]
 
 
+@pytest.mark.slow
 def test_controls_are_cut_from_the_dense_network_at_once(finished: Run):
     dense = {name: tuple(tensor.shape) for name, tensor in finished.first.initial().state_dict().items()}
     for name in ("random", "magnitude"):
@@ -100,6 +104,7 @@ def test_controls_are_cut_from_the_dense_network_at_once(finished: Run):
     assert not artifacts.exists(finished.first.plan_path("random"))
 
 
+@pytest.mark.slow
 def test_the_report_tells_the_rounds_and_compares_with_the_dense_network(finished: Run):
     summary = write_report(finished)
     assert [found["round"] for found in summary["rounds"]] == [1, 2]
@@ -119,6 +124,7 @@ def test_the_report_tells_the_rounds_and_compares_with_the_dense_network(finishe
     assert [line.split(":")[0] for line in lines] == ["cut ours, round 1", "cut ours, round 2"]
 
 
+@pytest.mark.slow
 def test_the_teacher_and_the_network_compared_with_are_those_of_the_first_round(
     finished: Run, monkeypatch: pytest.MonkeyPatch
 ):
@@ -136,6 +142,7 @@ def test_the_teacher_and_the_network_compared_with_are_those_of_the_first_round(
     assert found[1] is finished.first.network("dense")
 
 
+@pytest.mark.slow
 def test_a_finished_run_does_nothing_again(finished: Run, rows: str, monkeypatch: pytest.MonkeyPatch):
     expected = final_hashes(finished)
     monkeypatch.setattr("pipeline.artifacts.Manifest.begin", lambda *_: pytest.fail("a stage begins again"))
@@ -183,6 +190,7 @@ def test_interrupted_between_and_inside_rounds_it_ends_with_the_same_hashes(
     assert {record.attempts for record in again.stages.values()} == {1}
 
 
+@pytest.mark.slow
 def test_a_run_in_rounds_begins_with_the_statistics_of_a_run_of_one(finished: Run, rows: str, tmp_path: Path):
     one = Run(in_rounds(rows, tmp_path / "one", rounds=1, budget=BudgetConfig(macs=0.6)))
     stages.branch(finished, one)

@@ -328,7 +328,7 @@ def test_one_pass_serves_every_criterion_and_mask(ray_cluster: None, rows: str, 
     }
 
 
-@pytest.mark.parametrize("budget", [{"params": 0.25}, {}])
+@pytest.mark.parametrize("budget", [{"params": 0.25}, pytest.param({}, marks=pytest.mark.slow)])
 def test_a_masked_run_keeps_its_zeros_to_the_end_and_tells_them(
     ray_cluster: None, rows: str, tmp_path: Path, budget: dict[str, float]
 ):

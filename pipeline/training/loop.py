@@ -30,7 +30,7 @@ from pipeline.training.step import Learner, mixed_seed
 Record = dict[str, Any]
 """One line of the history: step, epoch, loss (mean since the last line), lr, rows, seconds (of training so far,
 restarts included), rows_per_s. With policies also what they say of themselves, "zeros" (share of the weights that are zero or masked)
-and "layers": weight -> [share of zeros, share of zeros and near zeros]."""
+and, in the newest line alone, "layers": weight -> [share of zeros, share of zeros and near zeros]."""
 
 OnProgress = Callable[[Sequence[Record]], None]
 """Called with the history so far, whose last record is new."""
@@ -217,6 +217,10 @@ class _Run:
                 raise self._diverged(f"loss is {loss}", step)
         rows = sum(count for _, count in steps)
         before = self.history[-1]["seconds"] if self.history else 0.0
+        if self.history:
+            self.history[-1].pop(
+                "layers", None
+            )  # a deep network's would outgrow all else in metrics.jsonl and in checkpoints
         record = {
             "step": self.step,
             "epoch": (self.step - 1) // self.steps_per_epoch,

@@ -63,35 +63,55 @@ def l0_sign_step(weight: Tensor, grad: Tensor, amount: float) -> Tensor:
 
 
 class Penalty(Policy):
-    """Shrinks by learning rate * strength after each update, and rests while what is zero already meets the aim.
+    """Shrinks by learning rate * strength after each update, until what is zero meets the aim. From then on zeros stay, and the rest is free.
 
-    Without the loss in its way a weight shrinks by strength times the sum of the learning rates. Whether the penalty rests is
-    looked at every `every` steps: the answer comes from the device.
+    Without the loss in its way a weight shrinks by strength times the sum of the learning rates. Whether the aim is met is looked at
+    every `every` steps, since the answer comes from the device; and after shrinking, since momentum moves a weight from zero with each update.
     """
 
     def __init__(self, strength: float, aim: float, every: int) -> None:
         self.strength, self.aim, self.every = strength, aim, every
         self.rests = False
+        self.held: dict[str, Tensor] = {}
+        """While it rests: by name, what is not zero."""
 
     @torch.no_grad()
     def after_update(self, step: int, lr: float) -> None:
-        if self.aim and step % self.every == 0:
-            self.rests = self.remaining() <= self.aim
-        if not self.rests:
-            self.shrink_(lr * self.strength)
+        if self.rests:
+            self.hold_()
+            return
+        self.shrink_(lr * self.strength)
+        if self.aim and step % self.every == 0 and self.remaining() <= self.aim:
+            self._rest()
+
+    def _rest(self) -> None:
+        self.rests, self.held = True, {name: size > 0 for name, size in self.sizes().items()}
 
     def remaining(self) -> float:
         """The part, of what the aim is a part of, that is not zero."""
         return 1.0
 
+    def sizes(self) -> dict[str, Tensor]:
+        """Of all that may go to zero, by name."""
+        return {}
+
     def shrink_(self, amount: float) -> None:
         raise NotImplementedError
 
+    def hold_(self) -> None:
+        """Zero again what was zero when the aim was met."""
+
+    def shared(self) -> Mapping[str, Tensor]:
+        return self.held
+
     def state_dict(self) -> dict[str, Any]:
-        return {"rests": self.rests}
+        return {"rests": self.rests, "held": self.held}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self.rests = state["rests"]
+        if state["rests"]:
+            self._rest()
+            for name, held in self.held.items():
+                held.copy_(state["held"][name])
 
 
 # --- on weights -------------------------------------------------------------------------------------------------------
@@ -138,6 +158,13 @@ class L1Prox(_OnWeights):
         kept = torch.stack([(weight != 0).sum() for weight in self.weights.values()]).sum()
         return float(kept) / sum(weight.numel() for weight in self.weights.values())
 
+    def sizes(self) -> dict[str, Tensor]:
+        return {name: weight.detach().abs() for name, weight in self.weights.items()}
+
+    def hold_(self) -> None:
+        for name, weight in self.weights.items():
+            weight.mul_(self.held[name])
+
     def settle_(self, model: nn.Module) -> None:
         zero_where_zero_(model, self.weights)
 
@@ -161,6 +188,7 @@ class _OnChannels(Penalty):
         training: Training,
         *,
         graph: Graph,
+        touched: Mapping[str, Tensor],
         strength: float,
         measure: Measure = "params",
         fraction: float = 0.0,
@@ -168,13 +196,18 @@ class _OnChannels(Penalty):
     ) -> None:
         super().__init__(strength, fraction, every)
         self.cost = remaining_cost(graph, measure)
+        self.groups = entries_of(graph, touched)
 
     def remaining(self) -> float:
         return float(self.cost({name: (size_C > 0).float() for name, size_C in self.sizes().items()}))
 
     def sizes(self) -> dict[str, Tensor]:
         """Group -> [C], 0 for channels that are empty."""
-        raise NotImplementedError
+        return {entries.name: entries.norms() for entries in self.groups}
+
+    def hold_(self) -> None:
+        for entries in self.groups:
+            entries.scale_(self.held[entries.name].float())
 
 
 class GroupLasso(_OnChannels):
@@ -185,8 +218,8 @@ class GroupLasso(_OnChannels):
     """
 
     def __init__(self, training: Training, *, graph: Graph, min_keep: float = 0.1, **options: Any) -> None:
-        super().__init__(training, graph=graph, **options)
-        self.groups, self.min_keep = entries_of(graph, training.parameters), min_keep
+        super().__init__(training, graph=graph, touched=training.parameters, **options)
+        self.min_keep = min_keep
 
     def shrink_(self, amount: float) -> None:
         for entries in self.groups:
@@ -194,9 +227,6 @@ class GroupLasso(_OnChannels):
             factor_C = group_factor(norm_C, amount * entries.entries_per_channel**0.5)
             factor_C[norm_C.topk(math.ceil(self.min_keep * entries.size)).indices] = 1
             entries.scale_(factor_C)
-
-    def sizes(self) -> dict[str, Tensor]:
-        return {entries.name: entries.norms() for entries in self.groups}
 
     def settle_(self, model: nn.Module) -> None:
         parts = [part for entries in self.groups for part in entries.parts]
@@ -211,19 +241,15 @@ class BnSlimming(_OnChannels):
     """
 
     def __init__(self, training: Training, *, graph: Graph, **options: Any) -> None:
-        super().__init__(training, graph=graph, **options)
         norms = {m.tensor for group in graph.groups for m in group.members if is_norm(m, graph)}
         self.scales = {name: training.parameters[name] for name in sorted(norms & set(training.parameters))}
         if not self.scales:
             raise ValueError("bn_slimming: no group passes through a norm with a scale. Choose group_lasso.")
-        self.groups = entries_of(graph, self.scales)
+        super().__init__(training, graph=graph, touched=self.scales, **options)
 
     def shrink_(self, amount: float) -> None:
         for scale in self.scales.values():
             scale.copy_(soft_threshold(scale, amount))
-
-    def sizes(self) -> dict[str, Tensor]:
-        return {entries.name: entries.norms() for entries in self.groups}
 
     def settle_(self, model: nn.Module) -> None:
         zero_where_zero_(model, self.scales)

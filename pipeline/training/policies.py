@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -127,7 +127,10 @@ def policies(names: Sequence[str], strengths: Sequence[float], aim: Aim) -> list
     require_aims(names, budget=aim.budget is not None, pattern=aim.pattern, keep=aim.keep)
     methods = [METHODS[name] for name in names]
     given = strengths or [method.strength for method in methods]
-    return [method.make(aim, strength) for method, strength in zip(methods, given, strict=True)]
+    # Zeros of a mask would meet the aim of a penalty at once, and it would then hold them, whatever the mask does later.
+    masks = any(method.acts_on == "masks" for method in methods)
+    aims = [replace(aim, keep=None) if masks and method.acts_on == "weights" else aim for method in methods]
+    return [method.make(own, strength) for method, own, strength in zip(methods, aims, given, strict=True)]
 
 
 def require_aims(names: Sequence[str], *, budget: bool, pattern: str | None, keep: float | None) -> None:
