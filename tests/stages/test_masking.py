@@ -338,14 +338,13 @@ def test_channels_and_weights_are_judged_and_cut_as_sparsify_left_them(tmp_path:
     assert torch.equal(found, small * mask)
 
 
-@pytest.mark.parametrize(("epochs", "taken"), [(0, ["dense", "trace"]), (1, ["dense", "sparsify", "trace"])])
-def test_a_branch_takes_what_was_scored_of_the_same_weights(tmp_path: Path, epochs: int, taken: list[str]):
+def test_a_branch_that_cuts_the_dense_weights_takes_nothing_of_sparse_ones(tmp_path: Path):
     old = at(tmp_path).config.model_copy(update={"sparsify": SparsifyConfig.model_construct(epochs=1, method=("l1",))})
-    other = {"run_dir": str(tmp_path / "new"), "sparsify": SparsifyConfig.model_construct(epochs=epochs)}
+    other = {"run_dir": str(tmp_path / "new"), "sparsify": SparsifyConfig()}
     old_run, new_run = Run(old), Run(old.model_copy(update=other))
     for stage in ("dense", "trace", "sparsify"):
         old_run.stage(stage, {}, "", lambda: None)
     old_run.save_network("sparse", {"weight": torch.ones(1)})
     stages.branch(old_run, new_run)
-    assert sorted(new_run.manifest.stages) == taken
-    assert artifacts.exists(new_run.path("networks", "sparse.safetensors")) == ("sparsify" in taken)
+    assert sorted(new_run.manifest.stages) == ["dense", "trace"]
+    assert not artifacts.exists(new_run.path("networks", "sparse.safetensors"))
