@@ -24,6 +24,7 @@ from pipeline.config import (
     ModelConfig,
     RunConfig,
     ScoreConfig,
+    SparsifyConfig,
     TrainingConfig,
     WorkersConfig,
 )
@@ -60,6 +61,14 @@ def config(train: str, val: str) -> RunConfig:
         model=ModelConfig(name="resnet10t", pretrained=False, num_classes=10),
         data=DataConfig(train=train, val=val, image_size=32, crop_fraction=1.0),
         train=TrainingConfig(epochs=8, batch_size=64, lr=0.05, warmup_epochs=1, ema_decay=0.98, crop_scale=(0.7, 1.0)),
+        sparsify=SparsifyConfig(
+            batch_size=64,
+            lr=0.02,
+            warmup_epochs=0.5,
+            ema_decay=0.98,
+            distill_weight=0.7,
+            crop_scale=(0.7, 1.0),
+        ),
         score=ScoreConfig(criterion="taylor", rows_per_unit=64, micro_batch=64),
         budget=BudgetConfig(macs=0.5),
         calibrate=CalibrateConfig(batches=10),

@@ -15,6 +15,7 @@ from pipeline.config import (
     ModelConfig,
     RunConfig,
     ScoreConfig,
+    SparsifyConfig,
     TrainingConfig,
 )
 
@@ -37,6 +38,16 @@ def config() -> RunConfig:
             image_size=128,
             mean=(0.5, 0.5, 0.5),
             std=(0.5, 0.5, 0.5),
+        ),
+        sparsify=SparsifyConfig(
+            batch_size=64,
+            num_streams=4,
+            lr=0.02,
+            warmup_epochs=0.3,
+            weight_decay=1e-5,
+            ema_decay=0.99,
+            distill_weight=0.7,
+            checkpoint_every_steps=50,
         ),
         score=ScoreConfig(criterion="fisher", rows_per_unit=64, micro_batch=32),
         budget=BudgetConfig(macs=0.7),

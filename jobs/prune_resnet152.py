@@ -10,7 +10,15 @@ SGD at 0.4 with a cosine over 30 epochs, distilled from the dense network. Witho
 from __future__ import annotations
 
 from pipeline.cli import run_job
-from pipeline.config import BudgetConfig, EvaluateConfig, ModelConfig, RunConfig, ScoreConfig, TrainingConfig
+from pipeline.config import (
+    BudgetConfig,
+    EvaluateConfig,
+    ModelConfig,
+    RunConfig,
+    ScoreConfig,
+    SparsifyConfig,
+    TrainingConfig,
+)
 
 
 def config() -> RunConfig:
@@ -18,6 +26,14 @@ def config() -> RunConfig:
         run_dir="runs/resnet152",
         model=ModelConfig(name="resnet152.tv2_in1k", pretrained=True),
         train=TrainingConfig(epochs=0, batch_size=1024, lr=0.5, weight_decay=5e-5, warmup_epochs=5),
+        sparsify=SparsifyConfig(
+            batch_size=1024,
+            lr=0.4,
+            warmup_epochs=1,
+            distill_weight=0.7,
+            ema_decay=0.9998,
+            loader_processes=8,
+        ),
         score=ScoreConfig(criterion="taylor", num_rows=50_000, rows_per_unit=256, micro_batch=64),
         budget=BudgetConfig(params=0.5),
         recover=TrainingConfig(

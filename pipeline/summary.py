@@ -11,6 +11,7 @@ from pipeline.report import numbers
 from pipeline.report.html import render
 from pipeline.run import Run
 from pipeline.stages.planning import mask_rules, networks, plan_rules
+from pipeline.training.policy import shares_of_zeros
 
 
 def write_report(run: Run) -> dict[str, Any]:
@@ -49,7 +50,8 @@ def summarise(run: Run) -> dict[str, Any]:
         "verify": _verify(run),
         "frozen": _frozen(run),
         "train": _training(run.first, "dense", run.given.train.epochs),
-        "recover": _training(run, "recover", config.recover.epochs),
+        "sparsify": _sparsify(run.first),
+        "recover": _recover(run),
         "stages": [
             {
                 "name": name,
@@ -205,6 +207,40 @@ def _training(run: Run, stage: str, epochs: int) -> dict[str, Any] | None:
         return None
     last = history[-1]
     return {"epochs": epochs, "seconds": last["seconds"], "rows_per_s": last["rows_per_s"], "history": history}
+
+
+def _sparsify(run: Run) -> dict[str, Any] | None:
+    settings = run.config.sparsify
+    found = _training(run, "sparsify", settings.epochs) if settings.epochs else None
+    return None if found is None else {"method": ", ".join(settings.method), **_with_zeros(run, "sparsify", found)}
+
+
+def _recover(run: Run) -> dict[str, Any] | None:
+    found = _training(run, "recover", run.config.recover.epochs)
+    masked = found is not None and "zeros" in found["history"][-1]
+    return _with_zeros(run, "recover", found) if found and masked else found
+
+
+TRAINED = {"sparsify": ("sparse", None), "recover": ("ours-recovered", "ours")}
+"""By stage: weights and plan of the network that it leaves."""
+
+
+def _with_zeros(run: Run, stage: str, training: dict[str, Any]) -> dict[str, Any]:
+    """How much of the network is zero: of what the stage has left, since gates and averages come in at the end; until then by its last
+    record."""
+    last = training["history"][-1]
+    found: dict[str, Any] = {"zeros": last["zeros"], "near_zeros": None}
+    shares: dict[str, list[float]] = last.get("layers", {})
+    if run.manifest.stages[stage].state == "done":
+        name, plan = TRAINED[stage]
+        weights = dict(run.network(name, plan=plan).named_parameters())
+        shares = shares_of_zeros(weights.items(), {})
+        numel = sum(weights[weight].numel() for weight in shares) or 1
+        whole = [sum(both[i] * weights[weight].numel() for weight, both in shares.items()) / numel for i in (0, 1)]
+        found = {"zeros": whole[0], "near_zeros": whole[1]}
+    layers = [{"name": weight, "zeros": exact, "near_zeros": near} for weight, (exact, near) in shares.items()]
+    history = [{key: value for key, value in record.items() if key != "layers"} for record in training["history"]]
+    return {**training, **found, "layers": layers, "history": history}
 
 
 def _bad_rows(run: Run, before: Any) -> list[dict[str, Any]]:

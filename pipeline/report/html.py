@@ -18,8 +18,10 @@ from pipeline.report.numbers import (
     ClassAccuracy,
     FrozenGroup,
     Network,
+    Recovery,
     RoundFigures,
     Summary,
+    Training,
     batch_sizes,
     complete,
     compressed,
@@ -76,6 +78,7 @@ def render(summary: Mapping[str, Any], *, written: float | None = None) -> str:
         recovered=any(n.after is not None for n in columns[1:]),
         kept=plots.kept_channels(groups) if full["plan"]["budget"] else [],
         kept_total=(sum(g["kept"] for g in groups), sum(g["size"] for g in groups)),
+        zeros=zeros(full),
         curves=training_curves(full),
         settling=plots.curve(
             [*full["stability"]["curve"]], "plan_change", "removed channels exchanged, %", scale=100.0, x="rows"
@@ -160,12 +163,18 @@ def _in_rounds(summary: Summary) -> list[str]:
 
 
 def _sparsified(summary: Summary) -> list[str]:
-    top1, dense = summary["sparse"]["top1"], summary["dense"]["top1"]
-    if top1 is None or dense is None:
-        return []
-    return [
-        f"Before anything was cut, training for sparsity took top-1 from {text.percent(dense)} to {text.percent(top1)}."
-    ]
+    training, top1, dense = summary["sparsify"], summary["sparse"]["top1"], summary["dense"]["top1"]
+    found = []
+    if training and training["zeros"] is not None:
+        near = training["near_zeros"]
+        more = "" if near is None else f", {text.percent(near - training['zeros'], 1)} next to it"
+        share = text.percent(training["zeros"], 1)
+        found.append(f"Training towards zeros ({training['method']}) brought {share} of the weights to zero{more}.")
+    if top1 is not None and dense is not None:
+        found.append(
+            f"Before anything was cut, training for sparsity took top-1 from {text.percent(dense)} to {text.percent(top1)}."
+        )
+    return found
 
 
 def _shortened(summary: Summary) -> list[str]:
@@ -375,23 +384,69 @@ def training_curves(summary: Summary) -> list[tuple[str, Markup, str]]:
     """(title, plot, caption) of each figure that was recorded while training."""
     found = []
     for title, training in (("Recovery", summary["recover"]), ("Training before pruning", summary["train"])):
-        history = training["history"]
-        told = (
-            f"{text.whole(training['epochs'])} epochs",
-            text.duration(training["seconds"]),
-            text.rate(training["rows_per_s"]),
-        )
-        caption = [part for part in told if not part.startswith(text.MISSING)]
-        unknown = sum(1 for record in history if record["loss"] is None)
-        if unknown:
-            caption.append(f"{unknown} of {len(history)} records have no finite loss")
         for key, name, scale in (("loss", "training loss", 1.0), ("top1", "validation top-1, %", 100.0)):
-            plot = plots.curve(history, key, name, scale=scale)
+            plot = plots.curve(training["history"], key, name, scale=scale)
             if plot and key == "loss":
-                found.append((title, plot, ", ".join(caption)))
+                found.append((title, plot, _told(training)))
             elif plot:
                 found.append((f"{title}: accuracy", plot, "Measured on the way."))
     return found
+
+
+def _told(training: Training) -> str:
+    told = (
+        f"{text.whole(training['epochs'])} epochs",
+        text.duration(training["seconds"]),
+        text.rate(training["rows_per_s"]),
+    )
+    caption = [part for part in told if not part.startswith(text.MISSING)]
+    history = training["history"]
+    unknown = sum(1 for record in history if record["loss"] is None)
+    if unknown:
+        caption.append(f"{unknown} of {len(history)} records have no finite loss")
+    return ", ".join(caption)
+
+
+OF_METHODS = {"closed_gates": "gates that are closed, %", "zero_scales": "scales of norms that are zero, %"}
+"""What methods record of their way to zeros, beside the weights that are zero."""
+
+
+@dataclass(frozen=True)
+class Zeros:
+    """A section about a training that made zeros, or kept them."""
+
+    title: str
+    curves: list[Markup]
+    told: str
+    layers: list[Markup]
+    legend: str
+
+
+def zeros(summary: Summary) -> list[Zeros]:
+    """Training towards zeros, and recovery under masks; those of them that there were."""
+    found = []
+    if sparse := summary["sparsify"]:
+        history = sparse["history"]
+        own = [plots.curve(history, key, title, scale=100.0) for key, title in OF_METHODS.items()]
+        on_the_way = plots.curve(history, "zeros", "weights that are zero, %", scale=100.0)
+        if any(own) and not any(record["zeros"] for record in history):
+            on_the_way = None  # gates and scales stand before the weights: these are zero in the end alone
+        curves = [plots.curve(history, "loss", "training loss"), on_the_way, *own]
+        told = ", ".join(part for part in (sparse["method"], _told(sparse)) if part)
+        found.append(_zeros("Training towards zeros", sparse, [plot for plot in curves if plot], told))
+    if summary["recover"]["layers"]:
+        found.append(_zeros("Zeros after recovery", summary["recover"], [], ""))
+    return found
+
+
+def _zeros(title: str, training: Recovery, curves: list[Markup], told: str) -> Zeros:
+    share, layers = training["zeros"], training["layers"]
+    whole = "" if share is None else f"{text.percent(share, 1)} of all entries of "
+    legend = (
+        f"{whole}{len(layers)} weights, in the network's order. Fill: exactly zero; pale: at most a hundredth of the weight's largest entry; "
+        "dotted: the mean over all entries."
+    )
+    return Zeros(title, curves, told, plots.layer_zeros(layers, share or 0.0), legend)
 
 
 def class_extremes(classes: Sequence[ClassAccuracy]) -> list[tuple[str, list[tuple[str, float, float, str]]]]:

@@ -161,6 +161,28 @@ class Training(TypedDict):
     history: list[dict[str, Any]]
 
 
+class Layer(TypedDict):
+    """Shares of a weight's entries: exactly zero; at most a hundredth of the largest, zeros included."""
+
+    name: str
+    zeros: float
+    near_zeros: float
+
+
+class Recovery(Training):
+    """`zeros` and all beside it: of the weights of two dimensions and more; null and empty where no masks were kept."""
+
+    zeros: float | None
+    near_zeros: float | None
+    layers: list[Layer]
+
+
+class SparseTraining(Recovery):
+    """Records of the history have `zeros`, too, and what the methods say of themselves."""
+
+    method: str | None
+
+
 class StageTime(TypedDict):
     name: str
     state: str
@@ -207,7 +229,9 @@ class Summary(TypedDict):
     verify: Verified
     frozen: list[FrozenGroup]
     train: Training
-    recover: Training
+    sparsify: SparseTraining | None
+    """Null where nothing was trained towards zeros."""
+    recover: Recovery
     stages: list[StageTime]
     bad_rows: list[BadRow]
     per_class: list[ClassAccuracy]
@@ -233,7 +257,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "compression": ("rows", "calibration_rows", "weight_bits", "runtime", "threads", "runs", "sha256"),
     "verify": ("max_abs_diff", "max_rel_diff", "rows"),
     "train": ("epochs", "seconds", "rows_per_s"),
-    "recover": ("epochs", "seconds", "rows_per_s"),
+    "recover": ("epochs", "seconds", "rows_per_s", "zeros", "near_zeros"),
     "data": ("train", "val", "val_rows"),
 }
 _RECORDS: dict[str, tuple[str, ...]] = {
@@ -246,12 +270,13 @@ _RECORDS: dict[str, tuple[str, ...]] = {
     "per_class": ("class", "dense", "pruned"),
     "train.history": ("step", "epoch", "loss", "lr"),
     "recover.history": ("step", "epoch", "loss", "lr"),
+    "recover.layers": ("name", "zeros", "near_zeros"),
 }
 COMPRESSED = {"dense": "dense", "cut": "cut", "cut_int8": "cut + INT8"}
 """Forms of the network in `compression`, and what they are called."""
 _ENVIRONMENT = ("command", "python", "device", "cpus")
 _ACCURACIES = {"top1", "top5", "agreement", "top1_before_recovery"}
-_TEXTS = {"criterion", "sha256", "scope", "pattern", "runtime"}
+_TEXTS = {"criterion", "method", "sha256", "scope", "pattern", "runtime"}
 
 
 def complete(given: Mapping[str, Any]) -> Summary:
@@ -282,6 +307,7 @@ def complete(given: Mapping[str, Any]) -> Summary:
         holder = result[parents[0]] if parents else result
         holder[last] = _records(path, holder.get(last), keys)
     result["rounds"] = result["rounds"] or None
+    result["sparsify"] = _sparse_training(_mapping("sparsify", result.get("sparsify")))
     for group in result["plan"]["groups"]:
         kept, size = group["kept"], group["size"]
         if not isinstance(kept, int) or not isinstance(size, int) or not 0 <= kept <= size:
@@ -409,6 +435,16 @@ def _section(path: str, value: Any, keys: Sequence[str]) -> dict[str, Any]:
 def _control(path: str, value: Any) -> dict[str, Any]:
     control = _section(path, value, _PRUNED)
     return {**control, **_latencies(control)}
+
+
+def _sparse_training(given: dict[str, Any]) -> dict[str, Any] | None:
+    if not given:
+        return None
+    return {
+        **_section("sparsify", given, ("method", *_SECTIONS["recover"])),
+        "history": _records("sparsify.history", given.get("history"), (*_RECORDS["recover.history"], "zeros")),
+        "layers": _records("sparsify.layers", given.get("layers"), _RECORDS["recover.layers"]),
+    }
 
 
 def _latencies(network: Mapping[str, Any], keys: Sequence[str] = _LATENCIES) -> dict[str, dict[str, float | None]]:

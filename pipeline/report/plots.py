@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
 from pipeline.report import svg
-from pipeline.report.numbers import ClassAccuracy, Network, PlannedWidth, StageTime
+from pipeline.report.numbers import ClassAccuracy, Layer, Network, PlannedWidth, StageTime
 from pipeline.report.svg import Frame, Label
 from pipeline.report.text import duration, percent, points, shorten
 
@@ -20,44 +21,70 @@ CLASS_ROWS = 40
 """More classes than this become a cloud of points instead of named rows."""
 
 
-# --- kept channels --------------------------------------------------------------------------------------------------
+# --- one row for each group or layer ----------------------------------------------------------------------------------
 
 
 def kept_channels(groups: Sequence[PlannedWidth]) -> list[Markup]:
     """One row for each group in the network's order: outline = dense width, fill = what is kept; one or two columns."""
-    if not groups:
-        return []
-    wide = len(groups) <= COLUMN_GROUPS
-    half = len(groups) if wide else (len(groups) + 1) // 2
-    parts = [groups[i : i + half] for i in range(0, len(groups), half)]
-    name_chars = min(34, max(len(group["name"]) for group in groups))
-    count_chars = max(len(f"{group['kept']}/{group['size']}") for group in groups)
-    mean = sum(g["kept"] for g in groups) / max(1, sum(g["size"] for g in groups))
-    return [_kept_column(part, 760 if wide else 520, name_chars, count_chars, mean) for part in parts]
-
-
-def _kept_column(
-    groups: Sequence[PlannedWidth], total: float, name_chars: int, count_chars: int, mean: float
-) -> Markup:
-    row, top = 15.0, 22.0
-    left = name_chars * svg.MONO + 10
-    width = total - left - count_chars * svg.MONO - 14
-    height, marks = top, []
-    block = _block(groups[0]["name"])
+    rows = []
     for group in groups:
-        if _block(group["name"]) != block:  # a little air where the network's next block begins
-            block, height = _block(group["name"]), height + 7
         kept = group["kept"] / group["size"] if group["size"] else 0.0
-        body = (
-            svg.text(left - 10, height + 11, shorten(group["name"], name_chars), "mono", "end")
-            + svg.rect(left, height + 3, width * kept, row - 6, "kept")
-            + svg.rect(left, height + 3, width, row - 6, "outline")
-            + f'<text x="{total:.1f}" y="{height + 11:.1f}" class="mono" text-anchor="end">{group["kept"]}'
-            f'<tspan class="soft">/{group["size"]}</tspan></text>'
-        )
         title = f"{group['name']}: {group['kept']} of {group['size']} channels, {percent(kept, 1)}"
-        marks.append(svg.titled(title, body))
-        height += row
+        rows.append(_Row(group["name"], [(kept, "kept")], str(group["kept"]), f"/{group['size']}", title))
+    mean = sum(g["kept"] for g in groups) / max(1, sum(g["size"] for g in groups))
+    return _columns(rows, mean, "kept channels of each group")
+
+
+def layer_zeros(layers: Sequence[Layer], mean: float) -> list[Markup]:
+    """One row for each weight in the network's order: fill = zeros, pale = nearly zero; dotted: `mean`, over all of them."""
+    rows = []
+    for layer in layers:
+        zeros, near = layer["zeros"] or 0.0, layer["near_zeros"] or 0.0
+        title = f"{layer['name']}: {percent(zeros, 1)} zero, {percent(near, 1)} zero or nearly so"
+        rows.append(_Row(layer["name"], [(near, "near"), (zeros, "kept")], f"{100 * zeros:.1f}", " %", title))
+    return _columns(rows, mean, "zeros of each weight")
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A bar of shares, the widest first, with figures at its end."""
+
+    name: str
+    shares: Sequence[tuple[float, str]]
+    figure: str
+    unit: str
+    title: str
+
+
+def _columns(rows: Sequence[_Row], mean: float, label: str) -> list[Markup]:
+    if not rows:
+        return []
+    wide = len(rows) <= COLUMN_GROUPS
+    half = len(rows) if wide else (len(rows) + 1) // 2
+    name_chars = min(34, max(len(row.name) for row in rows))
+    figure_chars = max(len(row.figure + row.unit) for row in rows)
+    parts = [rows[i : i + half] for i in range(0, len(rows), half)]
+    return [_column(part, 760 if wide else 520, name_chars, figure_chars, mean, label) for part in parts]
+
+
+def _column(rows: Sequence[_Row], total: float, name_chars: int, figure_chars: int, mean: float, label: str) -> Markup:
+    size, top = 15.0, 22.0
+    left = name_chars * svg.MONO + 10
+    width = total - left - figure_chars * svg.MONO - 14
+    height, marks = top, []
+    block = _block(rows[0].name)
+    for row in rows:
+        if _block(row.name) != block:  # a little air where the network's next block begins
+            block, height = _block(row.name), height + 7
+        body = (
+            svg.text(left - 10, height + 11, shorten(row.name, name_chars), "mono", "end")
+            + "".join(svg.rect(left, height + 3, width * share, size - 6, kind) for share, kind in row.shares)
+            + svg.rect(left, height + 3, width, size - 6, "outline")
+            + f'<text x="{total:.1f}" y="{height + 11:.1f}" class="mono" text-anchor="end">{row.figure}'
+            f'<tspan class="soft">{row.unit}</tspan></text>'
+        )
+        marks.append(svg.titled(row.title, body))
+        height += size
     scale = []
     for share in (0.0, 0.5, 1.0):
         scale.append(svg.text(left + width * share, 11, percent(share, 0), "soft", "middle"))
@@ -67,7 +94,7 @@ def _kept_column(
     reference = svg.line(at, top - 4, at, height + 2, "mean")
     if abs(mean - 0.5) > 0.09 and 0.09 < mean < 0.9:
         scale.append(svg.text(at, 11, f"mean {percent(mean, 0)}", "mean-text", "middle"))
-    return svg.drawing(total, height + 4, [*scale, *marks, reference], "kept channels of each group")
+    return svg.drawing(total, height + 4, [*scale, *marks, reference], label)
 
 
 def _block(name: str) -> str:

@@ -216,7 +216,8 @@ def run_training(
 
         def show(history: Any) -> None:
             if history:
-                bar.update(history[-1]["step"] * training.batch_size, loss=history[-1]["loss"])
+                told = {name: history[-1][name] for name in ("loss", "zeros") if name in history[-1]}
+                bar.update(history[-1]["step"] * training.batch_size, **told)
 
         return fit(
             model,

@@ -34,7 +34,8 @@ GOLDEN = {
     "verify": {"max_abs_diff", "max_rel_diff", "rows"},
     "frozen": None,
     "train": {"epochs", "seconds", "rows_per_s", "history"},
-    "recover": {"epochs", "seconds", "rows_per_s", "history"},
+    "sparsify": None,
+    "recover": {"epochs", "seconds", "rows_per_s", "history", "zeros", "near_zeros", "layers"},
     "stages": None,
     "bad_rows": None,
     "per_class": None,
@@ -98,6 +99,8 @@ def test_unknown_keys_stay():
         ({"compression": {"cut_int8": {"top1": 94}}}, r"compression\.cut_int8\.top1 is 94; accuracies are fractions"),
         ({"stages": {"score": 1}}, r"stages is .*; it is a list"),
         ({"plan": {"groups": [{"name": "a", "size": 4, "kept": 5}]}}, r"0 <= kept <= size"),
+        ({"sparsify": {"method": 3}}, r"sparsify\.method is 3; it is text"),
+        ({"sparsify": {"layers": {}}}, r"sparsify\.layers is \{\}; it is a list"),
         ({"plan": {"sha256": 12}}, r"plan\.sha256 is 12; it is text"),
     ],
 )
