@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.saliency.criteria import CRITERIA, Rule
+from pipeline.training.policies import METHODS
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 
@@ -29,6 +30,14 @@ def test_every_criterion_has_its_line_with_what_it_scores(name: str):
     assert told(channels, CRITERIA[name].channels)
     assert told(weights, CRITERIA[name].weights)
     assert source or name in ("random", "gradient")
+
+
+def test_every_method_of_sparse_training_has_its_line():
+    section = README.split("## Training towards zeros")[1].split("\n## ")[0]
+    lines = [re.split(r"(?<!\\)\|", line)[1:-1] for line in section.splitlines() if line.startswith("| `")]
+    acts_on = {line[0].strip(" `"): line[1].strip() for line in lines[1:]}
+    told = {"either": "channels, or weights"}
+    assert acts_on == {name: told.get(method.acts_on, method.acts_on) for name, method in METHODS.items()}
 
 
 def test_the_files_that_the_readme_links_are_there():
