@@ -1,6 +1,6 @@
 """Every kind of gradient-based pruning on one small task: the same network, budgets, epochs and recipe for all, three seeds.
 
-    python -m jobs.catalogue                                 # about 20 minutes on two cores; the same command resumes
+    python -m jobs.catalogue                                 # about 30 minutes on two busy cores; the same command resumes
     python -m jobs.catalogue --only taylor rigl --seeds 0    # some rows
 
 scikit-learn's 1,797 digits of 8 x 8 pixels, the last fifth for validation. Each row trains 6 epochs after the dense network: all of them as
@@ -34,9 +34,8 @@ from pipeline.pruning.sparsity import fits, weight_masks
 from pipeline.pruning.surgery import cut
 from pipeline.pruning.trials import trace
 from pipeline.saliency import criteria
-from pipeline.saliency.statistics import INPUT_KINDS, WEIGHT_KINDS, accumulate
+from pipeline.saliency.statistics import INPUT_KINDS, TRAINING_KINDS, WEIGHT_KINDS, accumulate, multiplied
 from pipeline.training.dynamic import Masked
-from pipeline.training.entries import multiplied
 from pipeline.training.loop import TrainResult, train
 from pipeline.training.policies import Aim, policies
 from pipeline.training.policy import MakePolicy, Movement
@@ -270,8 +269,8 @@ def pruned(
 
 
 def _scored(entry: Entry, model: nn.Module, graph: Graph) -> dict[str, Tensor]:
-    rules = [criteria.rule("weights" if entry.prunes == "weights" else "channels", *entry.criterion)]
-    needs = {kind for rule in rules for kind in rule.needs} - {"movement", "gate_open"}
+    rule = criteria.rule("weights" if entry.prunes == "weights" else "channels", *entry.criterion)
+    needs = {*rule.needs} - {*TRAINING_KINDS}
     if not needs:
         return {}
     kinds = {"weights": bool(needs & {*WEIGHT_KINDS}), "inputs": bool(needs & {*INPUT_KINDS})}
@@ -312,8 +311,7 @@ def traced(model: nn.Module) -> Graph:
 
 
 def maskable(model: nn.Module, graph: Graph, pattern: str) -> list[str]:
-    parameters = dict(model.named_parameters())
-    return [name for name in multiplied(graph, parameters) if fits(parameters[name].shape, pattern)]
+    return [name for name, weight in multiplied(model, graph).items() if fits(weight.shape, pattern)]
 
 
 def _num_parameters(model: nn.Module) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import os
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -55,32 +56,28 @@ def write_digits(directory: str) -> tuple[str, str]:
     return paths
 
 
+RECIPE: dict[str, Any] = {
+    "batch_size": 64,
+    "lr": 0.02,
+    "warmup_epochs": 0.5,
+    "ema_decay": 0.98,
+    "distill_weight": 0.7,
+    "crop_scale": (0.7, 1.0),
+}
+"""Of all training after the dense network's own."""
+
+
 def config(train: str, val: str) -> RunConfig:
     return RunConfig(
         run_dir="runs/demo",
         model=ModelConfig(name="resnet10t", pretrained=False, num_classes=10),
         data=DataConfig(train=train, val=val, image_size=32, crop_fraction=1.0),
         train=TrainingConfig(epochs=8, batch_size=64, lr=0.05, warmup_epochs=1, ema_decay=0.98, crop_scale=(0.7, 1.0)),
-        sparsify=SparsifyConfig(
-            batch_size=64,
-            lr=0.02,
-            warmup_epochs=0.5,
-            ema_decay=0.98,
-            distill_weight=0.7,
-            crop_scale=(0.7, 1.0),
-        ),
+        sparsify=SparsifyConfig(**RECIPE),
         score=ScoreConfig(criterion="taylor", rows_per_unit=64, micro_batch=64),
         budget=BudgetConfig(macs=0.5),
         calibrate=CalibrateConfig(batches=10),
-        recover=TrainingConfig(
-            epochs=4,
-            batch_size=64,
-            lr=0.02,
-            warmup_epochs=0.5,
-            ema_decay=0.98,
-            distill_weight=0.7,
-            crop_scale=(0.7, 1.0),
-        ),
+        recover=TrainingConfig(epochs=4, **RECIPE),
         evaluate=EvaluateConfig(batch_size=64, latency_batch=32),
         workers=WorkersConfig(num_workers=2, commit_interval_s=2.0),
     )

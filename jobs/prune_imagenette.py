@@ -7,6 +7,8 @@ python -m jobs.prune_imagenette --data.train TRAIN.parquet --data.val VAL.parque
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipeline.cli import run_job
 from pipeline.config import (
     BudgetConfig,
@@ -21,6 +23,17 @@ from pipeline.config import (
 
 IMAGENETTE_CLASSES = (0, 217, 482, 491, 497, 566, 569, 571, 574, 701)
 """The ten ImageNet classes, in the order of Imagenette's labels."""
+RECIPE: dict[str, Any] = {
+    "batch_size": 64,
+    "num_streams": 4,
+    "lr": 0.02,
+    "warmup_epochs": 0.3,
+    "weight_decay": 1e-5,
+    "ema_decay": 0.99,
+    "distill_weight": 0.7,
+    "checkpoint_every_steps": 50,
+}
+"""Of all training, before the cut and after it."""
 
 
 def config() -> RunConfig:
@@ -39,29 +52,10 @@ def config() -> RunConfig:
             mean=(0.5, 0.5, 0.5),
             std=(0.5, 0.5, 0.5),
         ),
-        sparsify=SparsifyConfig(
-            batch_size=64,
-            num_streams=4,
-            lr=0.02,
-            warmup_epochs=0.3,
-            weight_decay=1e-5,
-            ema_decay=0.99,
-            distill_weight=0.7,
-            checkpoint_every_steps=50,
-        ),
+        sparsify=SparsifyConfig(**RECIPE),
         score=ScoreConfig(criterion="fisher", rows_per_unit=64, micro_batch=32),
         budget=BudgetConfig(macs=0.7),
-        recover=TrainingConfig(
-            epochs=3,
-            batch_size=64,
-            num_streams=4,
-            lr=0.02,
-            warmup_epochs=0.3,
-            weight_decay=1e-5,
-            ema_decay=0.99,
-            distill_weight=0.7,
-            checkpoint_every_steps=50,
-        ),
+        recover=TrainingConfig(epochs=3, **RECIPE),
         evaluate=EvaluateConfig(batch_size=64),
     )
 

@@ -9,6 +9,8 @@ SGD at 0.4 with a cosine over 30 epochs, distilled from the dense network. Witho
 
 from __future__ import annotations
 
+from typing import Any
+
 from pipeline.cli import run_job
 from pipeline.config import (
     BudgetConfig,
@@ -20,31 +22,26 @@ from pipeline.config import (
     TrainingConfig,
 )
 
+RECIPE: dict[str, Any] = {
+    "batch_size": 1024,
+    "lr": 0.4,
+    "warmup_epochs": 1,
+    "distill_weight": 0.7,
+    "ema_decay": 0.9998,
+    "loader_processes": 8,
+}
+"""Of all training after the dense network's own."""
+
 
 def config() -> RunConfig:
     return RunConfig(
         run_dir="runs/resnet152",
         model=ModelConfig(name="resnet152.tv2_in1k", pretrained=True),
         train=TrainingConfig(epochs=0, batch_size=1024, lr=0.5, weight_decay=5e-5, warmup_epochs=5),
-        sparsify=SparsifyConfig(
-            batch_size=1024,
-            lr=0.4,
-            warmup_epochs=1,
-            distill_weight=0.7,
-            ema_decay=0.9998,
-            loader_processes=8,
-        ),
+        sparsify=SparsifyConfig(**RECIPE),
         score=ScoreConfig(criterion="taylor", num_rows=50_000, rows_per_unit=256, micro_batch=64),
         budget=BudgetConfig(params=0.5),
-        recover=TrainingConfig(
-            epochs=30,
-            batch_size=1024,
-            lr=0.4,
-            warmup_epochs=1,
-            distill_weight=0.7,
-            ema_decay=0.9998,
-            loader_processes=8,
-        ),
+        recover=TrainingConfig(epochs=30, **RECIPE),
         evaluate=EvaluateConfig(batch_size=256),
     )
 

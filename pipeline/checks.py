@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeline import artifacts
 from pipeline.export import artifact, onnx
-from pipeline.pruning.masks import channel_masks, load_masks, masks_sha256
+from pipeline.pruning.masks import channel_masks, load_masks, masks_sha256, not_zero_where_masked
 from pipeline.pruning.reference import mask
 from pipeline.pruning.surgery import cut
 from pipeline.pruning.verify import verify
@@ -62,8 +62,6 @@ def _check_cuts(run: Run, images: Tensor) -> Iterator[str]:
 
 def _num_zeros(model: nn.Module, masks: Mapping[str, Tensor]) -> int:
     """Weights that the masks remove. Raises ValueError if the model has others there than zeros."""
-    state = model.state_dict()
-    for name, kept in masks.items():
-        if bool(state[name][~kept].any()):
-            raise ValueError(f"model: {name} has weights where its mask has none. One of them was changed.")
+    for name in not_zero_where_masked(model.state_dict(), masks):
+        raise ValueError(f"model: {name} has weights where its mask has none. One of them was changed.")
     return sum(int((~kept).sum()) for kept in masks.values())

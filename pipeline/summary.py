@@ -233,11 +233,8 @@ def _with_zeros(run: Run, stage: str, training: dict[str, Any]) -> dict[str, Any
     shares: dict[str, list[float]] = last.get("layers", {})
     if run.manifest.stages[stage].state == "done":
         name, plan = TRAINED[stage]
-        weights = dict(run.network(name, plan=plan).named_parameters())
-        shares = shares_of_zeros(weights.items(), {})
-        numel = sum(weights[weight].numel() for weight in shares) or 1
-        whole = [sum(both[i] * weights[weight].numel() for weight, both in shares.items()) / numel for i in (0, 1)]
-        found = {"zeros": whole[0], "near_zeros": whole[1]}
+        (zeros, near_zeros), shares = shares_of_zeros(dict(run.network(name, plan=plan).named_parameters()), {})
+        found = {"zeros": zeros, "near_zeros": near_zeros}
     layers = [{"name": weight, "zeros": exact, "near_zeros": near} for weight, (exact, near) in shares.items()]
     history = [{key: value for key, value in record.items() if key != "layers"} for record in training["history"]]
     return {**training, **found, "layers": layers, "history": history}

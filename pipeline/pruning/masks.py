@@ -25,7 +25,6 @@ from pipeline.pruning.plan import Plan
 FORMAT = "masks/1"
 
 
-@torch.no_grad()
 def masked(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
     """Copy of `model` with zeros where the mask of a parameter is False, a tied weight under all its names.
 
@@ -33,10 +32,24 @@ def masked(model: nn.Module, masks: Mapping[str, Tensor]) -> nn.Module:
         masks: name of a parameter -> bool, shaped like it.
     """
     model = copy.deepcopy(model)
-    for name, parameter in model.named_parameters():
-        if name in masks:
-            parameter.masked_fill_(~masks[name].to(parameter.device), 0)
+    own = dict(model.named_parameters())
+    mask_(own, {name: mask for name, mask in masks.items() if name in own})
     return model
+
+
+@torch.no_grad()
+def mask_(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
+    """Zeros in place where the mask of a tensor is False; masks may lie on another device."""
+    for name, mask in masks.items():
+        tensors[name].masked_fill_(~mask.to(tensors[name].device), 0)
+
+
+def not_zero_where_masked(tensors: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> list[str]:
+    """Names of those that have values where their mask is False."""
+    if not masks:
+        return []
+    found = [tensors[name].detach()[~mask.to(tensors[name].device)].any() for name, mask in masks.items()]
+    return [name for name, bad in zip(masks, torch.stack(found).tolist(), strict=True) if bad]  # one transfer
 
 
 # --- masks as data ----------------------------------------------------------------------------------------------------

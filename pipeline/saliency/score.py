@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from pipeline.models.graph import Graph
 from pipeline.saliency import criteria
 from pipeline.saliency.curvature import CURVATURE_KINDS
-from pipeline.saliency.statistics import INPUT_KINDS, WEIGHT_KINDS, accumulate
+from pipeline.saliency.statistics import INPUT_KINDS, TRAINING_KINDS, WEIGHT_KINDS, accumulate
 
 
 def score(
@@ -32,7 +32,7 @@ def score(
     """
     rule = criteria.rule("channels", *((criterion,) if isinstance(criterion, str) else criterion))
     needs = {*rule.needs}
-    if missing := needs & {*CURVATURE_KINDS, "movement", "gate_open"}:
+    if missing := needs & {*CURVATURE_KINDS, *TRAINING_KINDS}:
         raise ValueError(
             f"criterion '{rule.name}' needs {', '.join(sorted(missing))}, which one pass over batches does not give. Start a run "
             f"with score.criterion={rule.name}, or choose another criterion."

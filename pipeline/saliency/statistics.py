@@ -34,6 +34,8 @@ from pipeline.models.modes import eval_mode
 GATE_KINDS = ("gate_sum", "gate_abs", "gate_square", "gate_fourth")
 WEIGHT_KINDS = ("grad_sum", "grad_abs", "grad_square")
 INPUT_KINDS = ("input_sum", "input_square", "input_count")
+TRAINING_KINDS = ("movement", "gate_open")
+"""Counted while a network is trained (training.policy): no pass over the data gives them."""
 
 HALF = (torch.float16, torch.bfloat16)
 

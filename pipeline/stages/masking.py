@@ -19,8 +19,8 @@ from pipeline.pruning.sparsity import Pattern, fits, fraction_within, kept_fract
 from pipeline.pruning.surgery import Slices, sliced
 from pipeline.run import Run
 from pipeline.saliency.criteria import Rule
+from pipeline.saliency.statistics import multiplied
 from pipeline.stages.planning import cut_inputs, mask_rules, one_budget, statistics, sums_sha256
-from pipeline.training.entries import multiplied
 
 
 @dataclass(frozen=True, eq=False)
@@ -96,11 +96,7 @@ class WeightTarget:
 def weight_target(run: Run) -> WeightTarget:
     settings, rules, network = run.config.masks, mask_rules(run), run.network("dense")
     if settings.pattern is None:
-        names = [
-            name
-            for name in multiplied(run.graph(), dict(network.named_parameters()))
-            if fnmatchcase(name, settings.only)
-        ]
+        names = [name for name in multiplied(network, run.graph()) if fnmatchcase(name, settings.only)]
         return WeightTarget(tuple(names), None, None, "layer")
     names, _ = _maskable(run, rules["ours"], network, _given_fraction(run))
     keep = settings.keep

@@ -21,12 +21,10 @@ from pipeline.saliency import criteria
 from pipeline.saliency.channel_rules import Saliency, standard_error
 from pipeline.saliency.criteria import Rule
 from pipeline.saliency.curvature import CURVATURE_KINDS
-from pipeline.saliency.statistics import INPUT_KINDS, WEIGHT_KINDS, GateStatistics, at_stride
+from pipeline.saliency.statistics import INPUT_KINDS, TRAINING_KINDS, WEIGHT_KINDS, GateStatistics, at_stride
 
 STORED = {"weights": WEIGHT_KINDS, "inputs": INPUT_KINDS, "curvature": CURVATURE_KINDS}
 """What score.statistics may ask for, by kind."""
-OF_TRAINING = {"movement", "gate_open"}
-"""Kinds that training counts: no pass over the data is needed for them."""
 
 
 def networks(run: Run) -> list[str]:
@@ -64,7 +62,7 @@ def kinds_needed(run: Run) -> set[str]:
             "criterion 'hard_concrete' reads gates that are trained: give sparsify.method hard_concrete and sparsify.epochs, or choose "
             "another criterion."
         )
-    if run.given.rounds > 1 and (counted := kinds & OF_TRAINING):
+    if run.given.rounds > 1 and (counted := kinds & {*TRAINING_KINDS}):
         raise ValueError(
             f"rounds ({run.given.rounds}): {', '.join(sorted(counted))} is counted while the dense network is trained, before the first round, "
             "and says nothing about the networks of later ones. Set it to 1, or choose another criterion."

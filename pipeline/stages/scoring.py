@@ -16,9 +16,8 @@ from pipeline.pruning.stability import plan_change
 from pipeline.pruning.trials import trace
 from pipeline.run import Run
 from pipeline.saliency.curvature import CURVATURE_KINDS, CurvatureStatistics
-from pipeline.saliency.statistics import GateStatistics, at_stride, by_group
+from pipeline.saliency.statistics import TRAINING_KINDS, GateStatistics, at_stride, by_group
 from pipeline.stages.planning import (
-    OF_TRAINING,
     STORED,
     budget_inputs,
     kinds_needed,
@@ -116,7 +115,7 @@ def _about(results: list[PassResult]) -> dict[str, Any]:
 def _kinds(run: Run) -> list[str] | None:
     """What the pass stores beside the channel gates; None if it is not needed. What it has stored already may be more."""
     needed = kinds_needed(run)
-    if not needed - OF_TRAINING:
+    if not needed - {*TRAINING_KINDS}:
         return None
     kinds = {name for name in ("weights", "inputs") if needed & {*STORED[name]}}
     if needed & {*CURVATURE_KINDS}:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.models.graph import Graph
+from pipeline.pruning.masks import mask_
 from pipeline.pruning.plan import Plan
 from pipeline.pruning.sparsity import Pattern, kept_fraction, weight_masks
-from pipeline.saliency.channel_rules import Saliency, is_norm
-from pipeline.training.entries import entries_of, removed_entries
+from pipeline.saliency.channel_rules import Saliency
+from pipeline.training.entries import entries_of, norm_scales, removed_entries
 from pipeline.training.penalties import PlanOf
 from pipeline.training.policy import Policy, Training, agreed, require_zeros
 
@@ -47,9 +48,9 @@ class Masked(Policy):
     @torch.no_grad()
     def _zero_(self) -> None:
         """Masked weights, and what the optimizer remembers of them."""
+        mask_(self.training.parameters, self._masks)
         for name, mask in self._masks.items():
             parameter = self.training.parameters[name]
-            parameter.masked_fill_(~mask, 0)
             for value in self.training.optimizer.state.get(parameter, {}).values():
                 if isinstance(value, Tensor) and value.shape == parameter.shape:
                     value.masked_fill_(~mask, 0)
@@ -57,11 +58,8 @@ class Masked(Policy):
     def require_zeros(self) -> None:
         require_zeros(self.training.parameters, self._masks)
 
-    @torch.no_grad()
     def settle_(self, model: nn.Module) -> None:
-        own = dict(model.named_parameters())
-        for name, mask in self._masks.items():
-            own[name].masked_fill_(~mask.to(own[name].device), 0)
+        mask_(dict(model.named_parameters()), self._masks)
 
     def figures(self) -> dict[str, float]:
         if not self._masks:
@@ -98,6 +96,13 @@ class Decisions:
     def progress(self, num_updates: int) -> float:
         """0 at the beginning, 1 from the last decision on."""
         return min(1.0, num_updates / self.last)
+
+    def to_do(self, num_updates: int) -> float:
+        """(1 - t / T)^3, the part of what is to be removed that still stays: much goes at first, and less and less.
+
+        Source: Zhu and Gupta, "To prune, or not to prune", 2017, equation 1.
+        """
+        return (1 - self.progress(num_updates)) ** 3
 
 
 class _Changing(Masked):
@@ -137,7 +142,7 @@ class Cubic(_Changing):
     """
 
     def keep_at(self, num_updates: int) -> float:
-        return self.keep + (1 - self.keep) * (1 - self.decisions.progress(num_updates)) ** 3
+        return self.keep + (1 - self.keep) * self.decisions.to_do(num_updates)
 
     def after_update(self, step: int, lr: float) -> None:
         if self.decisions.at(step + 1):
@@ -189,10 +194,7 @@ class RigL(_Changing):
     """
 
     def __init__(self, training: Training, *, exchange: float, **options: Any) -> None:
-        if options["pattern"] != "unstructured":
-            raise ValueError(
-                f"rigl moves single weights; masks.pattern is {options['pattern']}. Choose unstructured, or the method dpf."
-            )
+        require_single_weights(options["pattern"])
         super().__init__(training, **options)
         self.exchange = exchange
         self._masks = self.by_magnitude(self.keep)
@@ -211,6 +213,13 @@ class RigL(_Changing):
         grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
         silence_(grad, mask)
         return moved(parameter.detach(), grad, mask, fraction)
+
+
+def require_single_weights(pattern: str | None) -> None:
+    if pattern != "unstructured":
+        raise ValueError(
+            f"rigl moves single weights; masks.pattern is {pattern}. Choose unstructured, or the method dpf."
+        )
 
 
 def moved(weight: Tensor, grad: Tensor, mask: Tensor, fraction: float) -> Tensor:
@@ -247,16 +256,14 @@ class SoftFilter(Masked):
         super().__init__(training, masks={})
         self.plan_of = plan_of
         self.decisions = Decisions(training.num_steps, every, settled_after)
-        scales = {m.tensor for group in graph.groups for m in group.members if is_norm(m, graph)}
-        norms = {name: p for name, p in training.parameters.items() if name in scales}
         self.sized = {entries.name: entries for entries in entries_of(graph, training.parameters, ("out",))}
-        self.sized |= {entries.name: entries for entries in entries_of(graph, norms)}
+        self.sized |= {entries.name: entries for entries in entries_of(graph, norm_scales(graph, training.parameters))}
         """What tells the size of a channel, and is set to zero: the scale of its norm, else its filter."""
 
     def after_update(self, step: int, lr: float) -> None:
         if not self.decisions.at(step + 1):
             return
-        share = 1 - (1 - self.decisions.progress(step + 1)) ** 3
+        share = 1 - self.decisions.to_do(step + 1)
         if step + 1 == self.decisions.last:
             self._masks = agreed(self._all_removed, self.training)
             self._zero_()

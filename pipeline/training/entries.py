@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from torch import Tensor
 from pipeline.models.costs import CostModel, Measure
 from pipeline.models.graph import ROLES, Graph, Group
 from pipeline.pruning.plan import Plan
+from pipeline.saliency.channel_rules import is_norm
+
+T = TypeVar("T", bound=Tensor)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,22 +81,23 @@ def entries_of(graph: Graph, parameters: Mapping[str, Tensor], roles: Collection
     return [entries for entries in found if entries.parts]
 
 
-def removed_entries(plan: Plan, parameters: Mapping[str, Tensor], roles: Collection[str] = ROLES) -> dict[str, Tensor]:
+def norm_scales(graph: Graph, parameters: Mapping[str, T]) -> dict[str, T]:
+    """Scales of the norms that channels pass through."""
+    names = {member.tensor for group in graph.groups for member in group.members if is_norm(member, graph)}
+    return {name: parameter for name, parameter in parameters.items() if name in names}
+
+
+def removed_entries(plan: Plan, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Parameter -> bool like it, False for the entries of channels that the plan removes: what a cut would take away, as masks."""
     masks: dict[str, Tensor] = {}
     for group in plan.groups:
         for member in group.members:
-            if member.role in roles and member.tensor in parameters and group.removed:
+            if member.tensor in parameters and group.removed:
                 parameter = parameters[member.tensor]
                 index = member.index_CK[list(group.removed)].reshape(-1).to(parameter.device)
                 mask = masks.setdefault(member.tensor, torch.ones_like(parameter, dtype=torch.bool))
                 mask.index_fill_(member.dim, index, False)
     return masks
-
-
-def multiplied(graph: Graph, parameters: Mapping[str, Tensor]) -> list[str]:
-    """Names of the weights that are multiplied: no norms, no biases, no tables."""
-    return list(dict.fromkeys(c.tensor for c in graph.contractions if c.tensor in parameters))
 
 
 Remaining = Callable[[Mapping[str, Tensor]], Tensor]

@@ -217,10 +217,8 @@ class _Run:
                 raise self._diverged(f"loss is {loss}", step)
         rows = sum(count for _, count in steps)
         before = self.history[-1]["seconds"] if self.history else 0.0
-        if self.history:
-            self.history[-1].pop(
-                "layers", None
-            )  # a deep network's would outgrow all else in metrics.jsonl and in checkpoints
+        if self.history:  # of a deep network they would outgrow all else in metrics.jsonl and in checkpoints
+            self.history[-1].pop("layers", None)
         record = {
             "step": self.step,
             "epoch": (self.step - 1) // self.steps_per_epoch,
@@ -235,9 +233,7 @@ class _Run:
     def _sparsity(self) -> Record:
         if not self.policy.parts:
             return {}
-        layers = shares_of_zeros(self.learner.model.named_parameters(), self.policy.masks())
-        numel = {name: p.numel() for name, p in self.learner.model.named_parameters() if name in layers}
-        zeros = sum(share * numel[name] for name, (share, _) in layers.items()) / max(sum(numel.values()), 1)
+        (zeros, _), layers = shares_of_zeros(dict(self.learner.model.named_parameters()), self.policy.masks())
         return {**self.policy.figures(), "zeros": zeros, "layers": layers}
 
     def _lr(self) -> float:

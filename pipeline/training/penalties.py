@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from pipeline.models.costs import Measure
 from pipeline.models.graph import Graph
-from pipeline.pruning.masks import channel_masks
+from pipeline.pruning.masks import channel_masks, mask_
 from pipeline.pruning.plan import Plan
-from pipeline.saliency.channel_rules import Saliency, is_norm, magnitude_l2
-from pipeline.training.entries import entries_of, remaining_cost
+from pipeline.saliency.channel_rules import Saliency, magnitude_l2
+from pipeline.training.entries import entries_of, norm_scales, remaining_cost
 from pipeline.training.policy import Policy, Training, agreed
 
 PlanOf = Callable[[Saliency], Plan]
@@ -71,9 +71,12 @@ class Penalty(Policy):
 
     def __init__(self, strength: float, aim: float, every: int) -> None:
         self.strength, self.aim, self.every = strength, aim, every
-        self.rests = False
         self.held: dict[str, Tensor] = {}
-        """While it rests: by name, what is not zero."""
+        """Once the aim is met: by name, what is not zero."""
+
+    @property
+    def rests(self) -> bool:
+        return bool(self.held)
 
     @torch.no_grad()
     def after_update(self, step: int, lr: float) -> None:
@@ -82,10 +85,7 @@ class Penalty(Policy):
             return
         self.shrink_(lr * self.strength)
         if self.aim and step % self.every == 0 and self.remaining() <= self.aim:
-            self._rest()
-
-    def _rest(self) -> None:
-        self.rests, self.held = True, {name: size > 0 for name, size in self.sizes().items()}
+            self.held = {name: size > 0 for name, size in self.sizes().items()}
 
     def remaining(self) -> float:
         """The part, of what the aim is a part of, that is not zero."""
@@ -105,13 +105,11 @@ class Penalty(Policy):
         return self.held
 
     def state_dict(self) -> dict[str, Any]:
-        return {"rests": self.rests, "held": self.held}
+        return {"held": self.held}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if state["rests"]:
-            self._rest()
-            for name, held in self.held.items():
-                held.copy_(state["held"][name])
+        sizes = self.sizes() if state["held"] else {}  # they know the device
+        self.held = {name: held.to(sizes[name].device) for name, held in state["held"].items()}
 
 
 # --- on weights -------------------------------------------------------------------------------------------------------
@@ -169,12 +167,9 @@ class L1Prox(_OnWeights):
         zero_where_zero_(model, self.weights)
 
 
-@torch.no_grad()
 def zero_where_zero_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Averaged weights approach a zero and never reach it: they get those of the trained weights."""
-    own = dict(model.named_parameters())
-    for name, weight in weights.items():
-        own[name].masked_fill_((weight == 0).to(own[name].device), 0)
+    mask_(dict(model.named_parameters()), {name: weight != 0 for name, weight in weights.items()})
 
 
 # --- on channels ------------------------------------------------------------------------------------------------------
@@ -241,8 +236,7 @@ class BnSlimming(_OnChannels):
     """
 
     def __init__(self, training: Training, *, graph: Graph, **options: Any) -> None:
-        norms = {m.tensor for group in graph.groups for m in group.members if is_norm(m, graph)}
-        self.scales = {name: training.parameters[name] for name in sorted(norms & set(training.parameters))}
+        self.scales = norm_scales(graph, training.parameters)
         if not self.scales:
             raise ValueError("bn_slimming: no group passes through a norm with a scale. Choose group_lasso.")
         super().__init__(training, graph=graph, touched=self.scales, **options)

@@ -147,10 +147,8 @@ def require_aims(names: Sequence[str], *, budget: bool, pattern: str | None, kee
             raise ValueError(
                 f"sparsify.method {name} masks weights: give masks.pattern, and masks.keep, the fraction that stays."
             )
-        if name == "rigl" and pattern != "unstructured":
-            raise ValueError(
-                f"sparsify.method rigl moves single weights, and masks.pattern is {pattern}. Choose unstructured, or the method dpf."
-            )
+        if name == "rigl":
+            dynamic.require_single_weights(pattern)
         if acts_on == "either" and not budget and keep is None:
             raise ValueError(
                 f"sparsify.method {name} needs an aim: budget.params or budget.macs for channels, or masks.keep for single weights."

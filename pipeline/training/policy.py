@@ -7,7 +7,7 @@ everywhere. What must be decided once is decided by rank 0 and sent to all (`agr
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pipeline.pruning.masks import masks_sha256, pack, unpack
+from pipeline.pruning.masks import masks_sha256, not_zero_where_masked, pack, unpack
 
 NEAR_ZERO = 0.01
 """A weight below this fraction of the largest of its layer is nearly zero."""
@@ -222,23 +222,22 @@ def _sha256(tensors: Mapping[str, Tensor]) -> str:
 
 def require_zeros(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> None:
     """AssertionError, with the first such parameter, if one is not zero where its mask is False."""
-    if not masks:
-        return
-    broken = torch.stack(
-        [parameters[name].detach()[~mask.to(parameters[name].device)].any() for name, mask in masks.items()]
-    )
-    wrong = [name for name, bad in zip(masks, broken.tolist(), strict=True) if bad]
+    wrong = not_zero_where_masked(parameters, masks)
     assert not wrong, f"{wrong[0]} is not zero where its mask says so (and {len(wrong) - 1} more)"
 
 
 # --- figures ----------------------------------------------------------------------------------------------------------
 
 
+Shares = list[float]
+"""[share that is exactly zero or masked, share that is nearly zero, these included]."""
+
+
 @torch.no_grad()
-def shares_of_zeros(parameters: Iterable[tuple[str, Tensor]], masks: Mapping[str, Tensor]) -> dict[str, list[float]]:
-    """Weight -> [share that is exactly zero or masked, share that is nearly zero, these included]; weights of two dimensions and more."""
+def shares_of_zeros(parameters: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> tuple[Shares, dict[str, Shares]]:
+    """Of all weights of two dimensions and more, and of each by name."""
     found: dict[str, Tensor] = {}
-    for name, parameter in parameters:
+    for name, parameter in parameters.items():
         if parameter.dim() < 2:
             continue
         size = parameter.abs()
@@ -247,6 +246,8 @@ def shares_of_zeros(parameters: Iterable[tuple[str, Tensor]], masks: Mapping[str
         exact, near = (size == 0).double().mean(), (size <= NEAR_ZERO * size.max()).double().mean()
         found[name] = torch.stack([exact, near])
     if not found:
-        return {}
+        return [0.0, 0.0], {}
     table = torch.stack(list(found.values())).tolist()  # one transfer from the device
-    return dict(zip(found, table, strict=True))
+    layers, numel = dict(zip(found, table, strict=True)), {name: parameters[name].numel() for name in found}
+    whole = [sum(shares[i] * numel[name] for name, shares in layers.items()) / sum(numel.values()) for i in (0, 1)]
+    return whole, layers

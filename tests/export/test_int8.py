@@ -20,6 +20,7 @@ from pipeline.export.int8 import Quantised, about, products_saturate, to_int8
 from pipeline.export.onnx import ExportError, ExportUnavailable, OnnxNetwork, to_onnx
 from pipeline.pruning.masks import masked
 from pipeline.training.evaluate import Evaluation, summarise
+from tests.export.test_onnx import OneRow
 
 
 @pytest.fixture(autouse=True)
@@ -160,15 +161,6 @@ def test_a_vision_transformer_keeps_its_residual_stream_in_float(tmp_path: Path)
     assert not [
         node for node in graph.node if node.op_type in ("LayerNormalization", "Softmax") and node.input[0] in quantised_
     ]
-
-
-class OneRow(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc = nn.Linear(4, 2)
-
-    def forward(self, x_ND: Tensor) -> Tensor:
-        return self.fc(x_ND.view(1, 4))
 
 
 def test_a_file_of_one_row_takes_any_number_one_at_a_time(tmp_path: Path):
