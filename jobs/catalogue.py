@@ -37,7 +37,7 @@ from pipeline.saliency import criteria
 from pipeline.saliency.statistics import INPUT_KINDS, TRAINING_KINDS, WEIGHT_KINDS, accumulate, multiplied
 from pipeline.training.dynamic import Masked
 from pipeline.training.loop import TrainResult, train
-from pipeline.training.policies import Aim, policies
+from pipeline.training.policies import Aim, policies, scope_after
 from pipeline.training.policy import MakePolicy, Movement
 from pipeline.training.settings import TrainSettings
 
@@ -58,7 +58,6 @@ class Entry:
     """For channels, and for weights where those alone are pruned."""
     method: tuple[str, ...] = ()
     """Of sparse training, in the first half of the epochs."""
-    strength: tuple[float, ...] = ()
     pattern: str = "unstructured"
     rounds: int = 1
     """Prune and recover so often, each time by the same part."""
@@ -80,14 +79,14 @@ CATALOGUE: dict[str, Entry] = {
     "magnitude": _channels("control, channels", "magnitude"),
     "random weights": _weights("control, weights", "random"),
     "magnitude weights": _weights("control, weights", "magnitude"),
-    "l1_sign": _weights("L1", "magnitude", method=("l1_sign",), strength=(0.02,)),
-    "l1_prox": _weights("L1", "magnitude", method=("l1_prox",), strength=(0.05,)),
-    "group_lasso": _channels("L1", "magnitude", method=("group_lasso",), strength=(0.02,)),
-    "bn_slimming": _channels("L1", "bn_scale", method=("bn_slimming",), strength=(0.3,)),
-    "growing": _channels("L1", "magnitude", method=("growing",), strength=(0.5,)),
+    "l1_sign": _weights("L1", "magnitude", method=("l1_sign",)),
+    "l1_prox": _weights("L1", "magnitude", method=("l1_prox",)),
+    "group_lasso": _channels("L1", "magnitude", method=("group_lasso",)),
+    "bn_slimming": _channels("L1", "bn_scale", method=("bn_slimming",)),
+    "growing": _channels("L1", "magnitude", method=("growing",)),
     "hard_concrete": _channels("L0", "hard_concrete", method=("hard_concrete",)),
     "hard_concrete weights": _weights("L0", "hard_concrete", method=("hard_concrete",)),
-    "l0_sign": _weights("L0", "magnitude", method=("l0_sign",), strength=(0.005,)),
+    "l0_sign": _weights("L0", "magnitude", method=("l0_sign",)),
     "gradient": _weights("connections", "gradient"),
     "snip": _weights("connections", "snip"),
     "snip_abs": _weights("connections", "snip_abs"),
@@ -102,9 +101,7 @@ CATALOGUE: dict[str, Entry] = {
     "dpf": _weights("dynamic", "magnitude", method=("dpf",)),
     "soft_filter": _channels("dynamic", "magnitude", method=("soft_filter",)),
     "taylor + magnitude": _channels("joint", "taylor", "magnitude"),
-    "l1_prox + hard_concrete": _weights(
-        "joint", "hard_concrete", method=("l1_prox", "hard_concrete"), strength=(0.02, 0.0)
-    ),
+    "l1_prox + hard_concrete": _weights("joint", "hard_concrete", method=("l1_prox", "hard_concrete")),
     "taylor, then snip_abs": Entry(family="joint", prunes="both", criterion=("taylor",)),
     "taylor, 3 rounds": _channels("retraining", "taylor", rounds=3),
     "taylor, rewinding": _channels("retraining", "taylor", rewind=True),
@@ -250,10 +247,8 @@ def pruned(
         rule, fraction = criteria.rule("channels", *entry.criterion), target / num
         if entry.prunes == "both":
             fraction **= 0.5
-        saliency = rule.fn(graph, stored, model.state_dict(), seed)
-        plan = allocation.plan(
-            graph, saliency, Budget(params=fraction), criterion=rule.name, scope=rule.scope, round_to=1
-        )
+        saliency, scope = rule.fn(graph, stored, model.state_dict(), seed), scope_after(entry.method, rule.scope)
+        plan = allocation.plan(graph, saliency, Budget(params=fraction), criterion=rule.name, scope=scope, round_to=1)
         model = cut(model, plan)
     if entry.prunes == "channels":
         return model, {}
@@ -303,7 +298,7 @@ def _sparse(entry: Entry, model: nn.Module, remains: float) -> list[MakePolicy]:
         scope=criteria.rule("weights", "magnitude").scope,
         every=10,
     )
-    return policies(entry.method, entry.strength, aim)
+    return policies(entry.method, (), aim)
 
 
 def traced(model: nn.Module) -> Graph:

@@ -172,7 +172,8 @@ class SparsifyConfig(TrainingConfig):
     method: Methods = ()
     """Names in training.policies.METHODS; several act together. Empty: none, and no such training."""
     strength: Floats = ()
-    """Of each method's penalty, in the order of `method`; empty: the method's own default."""
+    """Of each method's penalty, in the order of `method`; 1 takes as much as the average weight has, over the whole training and where the
+    loss is not in its way. Empty: the method's own default."""
     update_every_steps: int = Field(default=20, ge=1)
     """Steps between two decisions of a mask that changes, or between two rises of a penalty that grows."""
     settled_after: float = Field(default=0.75, gt=0, le=1)

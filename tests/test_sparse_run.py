@@ -14,14 +14,25 @@ import torch
 
 from pipeline import artifacts, stages
 from pipeline.checks import check_run
-from pipeline.config import BudgetConfig, MasksConfig, ModelConfig, ScoreConfig, SparsifyConfig, TrainingConfig
+from pipeline.config import (
+    BudgetConfig,
+    CalibrateConfig,
+    MasksConfig,
+    ModelConfig,
+    ScoreConfig,
+    SparsifyConfig,
+    TrainingConfig,
+)
+from pipeline.data.batches import unit_batches
 from pipeline.execution.train import METRICS
 from pipeline.export.artifact import load
 from pipeline.pruning.surgery import cut
 from pipeline.pruning.verify import verify
 from pipeline.run import Run
 from pipeline.saliency.channel_rules import magnitude_l2
+from pipeline.stages.calibrating import calibration_units
 from pipeline.summary import write_report
+from pipeline.training.calibrate import batch_norms
 from pipeline.training.loop import train
 from tests.test_run import config, write_rows
 
@@ -44,13 +55,15 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def sparse(rows: str, run_dir: Path, *method: str, num_workers: int = 1, epochs: int = 2, **changes: object) -> Run:
-    """A run on the small ResNet that trains with `method` and scores without rows; fields of `sparsify` come with their prefix."""
+    """A run on the small ResNet that trains with `method` and then needs no more rows before it is cut; fields of `sparsify` come with
+    their prefix."""
     own = {name.removeprefix("sparsify_"): changes.pop(name) for name in [*changes] if name.startswith("sparsify_")}
     values = {
         "model": ModelConfig(name="tests.residual:resnet", pretrained=False),
         "sparsify": SparsifyConfig(**{**RECIPE, "method": method, "epochs": epochs, "update_every_steps": 2, **own}),
         "score": ScoreConfig(criterion="magnitude", rows_per_unit=8, micro_batch=8),
         "budget": BudgetConfig(params=0.5),
+        "calibrate": CalibrateConfig(batches=0),
     }
     return Run(config(rows, run_dir, num_workers, **{**values, **changes}))
 
@@ -119,9 +132,9 @@ def test_gates_say_which_channels_are_cut(here: None, rows: str, tmp_path: Path)
 
 
 def test_channels_that_the_group_lasso_empties_are_those_that_are_cut(here: None, rows: str, tmp_path: Path):
-    budget = BudgetConfig(params=0.5, scope="flat", round_to=1)
-    often = {"sparsify_strength": 0.15, "sparsify_update_every_steps": 1}
-    run = until_masked(sparse(rows, tmp_path, "group_lasso", epochs=4, budget=budget, **often))
+    budget = BudgetConfig(params=0.5, round_to=1)
+    run = until_masked(sparse(rows, tmp_path, "group_lasso", epochs=4, budget=budget))
+    assert run.plan("ours").scope == "flat"
     plan, network = run.plan("ours"), run.network("sparse")
     norms = magnitude_l2(run.graph(), {}, network.state_dict(), 0)
     assert all(not norms[group.name][list(group.removed)].any() for group in plan.groups)
@@ -176,13 +189,31 @@ def test_gates_of_weights_say_which_are_masked(here: None, rows: str, tmp_path: 
     assert len(kept) == (len(kept) + len(removed)) * 3 // 10
 
 
+def require_own_statistics(run: Run, name: str) -> None:
+    """Batch norms normalise with what the calibration's rows give these very weights."""
+    units, network = calibration_units(run), run.network(name)
+    images = [
+        batch.images_NCHW
+        for unit in units
+        for batch in unit_batches(run.train_rows, unit, run.input.decoder, micro_batch=32, num_classes=10)
+    ]
+    first, seen = next(iter(batch_norms(network).values())), []
+    with first.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].mean((0, 2, 3)))), torch.no_grad():
+        for x in images:
+            network(x)
+    assert len(seen) == 2
+    assert torch.allclose(first.running_mean, torch.stack(seen).mean(0), atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.ray
 def test_a_sparse_run_keeps_its_zeros_to_the_artifact_and_does_nothing_again(
     ray_cluster: None, rows: str, tmp_path: Path
 ):
-    run = sparse(rows, tmp_path, "rigl", **NO_BUDGET, recover=TrainingConfig(**RECIPE, epochs=1))
+    calibrate = CalibrateConfig(batches=2, batch_size=32)
+    run = sparse(rows, tmp_path, "rigl", **NO_BUDGET, recover=TrainingConfig(**RECIPE, epochs=1), calibrate=calibrate)
     stages.run_all(run)
+    require_own_statistics(run, "sparse")
     run.release_pool()
     require_the_same_zeros(run)
     weights, masks, model = state(run, "sparse"), run.weight_masks("ours"), load(run.path("model")).state_dict()

@@ -8,7 +8,8 @@ from pipeline.data.folder import require_same_classes
 from pipeline.data.units import Units
 from pipeline.export import onnx
 from pipeline.run import Run, environment
-from pipeline.stages.cutting import calibrate, cut_and_verify
+from pipeline.stages.calibrating import calibrate
+from pipeline.stages.cutting import cut_and_verify
 from pipeline.stages.masking import check_masks, mask_weights, require_maskable
 from pipeline.stages.planning import check_blocks, check_stop, kinds_needed, plan
 from pipeline.stages.quantising import quantise
@@ -96,11 +97,11 @@ def check_early(run: Run) -> None:
     config, goal = run.given, run.one_shot
     artifacts.probe_writable(run.dir)
     require_rounds(run)
+    check_methods(goal)
     kinds_needed(goal)
     check_masks(goal)
     check_stop(goal)
     check_blocks(goal)
-    check_methods(goal)
     if config.export.onnx or config.export.int8:
         onnx.require_packages()
     _ = run.num_classes

@@ -1,4 +1,4 @@
-"""Stages that make the smaller networks, prove that they equal the masked one, and re-estimate their statistics."""
+"""The stage that makes the smaller networks and proves that they equal the masked one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,7 @@ from pipeline.pruning.reference import mask
 from pipeline.pruning.surgery import cut
 from pipeline.pruning.verify import verify
 from pipeline.run import Run
-from pipeline.stages.masking import before_calibration, masks_inputs
 from pipeline.stages.planning import cut_inputs, networks
-from pipeline.training.calibrate import BatchNormStatistics, apply_statistics
 
 VERIFY_ROWS = 16
 
@@ -49,38 +47,3 @@ def example_images(run: Run, num_rows: int) -> Tensor:
             if len(batch.labels_N):
                 return batch.images_NCHW
     raise ValueError(f"{run.config.data.val} has no readable row.")
-
-
-def calibrate(run: Run) -> None:
-    """RUN/networks/NAME-calibrated.safetensors: batch-norm statistics of the pruned networks, re-estimated on training rows."""
-    settings = run.config.calibrate
-    num_rows = min(
-        settings.batches * settings.batch_size, run.train_rows.num_rows // settings.batch_size * settings.batch_size
-    )
-    made_from = {**cut_inputs(run), **masks_inputs(run)}
-    if not num_rows:
-
-        def keep() -> None:
-            for name in networks(run):
-                network = run.network(before_calibration(run, name), plan=name)
-                run.save_network(f"{name}-calibrated", network.state_dict())
-
-        run.stage("calibrate", {**made_from, "batches": 0}, run.path("networks"), keep)
-        return
-    units = Units(run.train_rows.row_groups, settings.batch_size, num_rows)
-    inputs = run.pass_inputs(run.train_rows, units, settings.batch_size, **made_from)
-
-    def work() -> None:
-        models = {name: run.network(before_calibration(run, name), plan=name) for name in networks(run)}
-        result = run.data_pass(
-            "calibrate",
-            BatchNormStatistics(models),
-            run.train_rows,
-            units,
-            micro_batch=settings.batch_size,
-            title="re-estimate batch norm",
-        )
-        for name, model in models.items():
-            run.save_network(f"{name}-calibrated", apply_statistics(model, result.values, name).state_dict())
-
-    run.stage("calibrate", inputs, run.path("networks"), work)

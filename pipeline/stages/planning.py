@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -22,6 +23,7 @@ from pipeline.saliency.channel_rules import Saliency, standard_error
 from pipeline.saliency.criteria import Rule
 from pipeline.saliency.curvature import CURVATURE_KINDS
 from pipeline.saliency.statistics import INPUT_KINDS, TRAINING_KINDS, WEIGHT_KINDS, GateStatistics, at_stride
+from pipeline.training.policies import scope_after
 
 STORED = {"weights": WEIGHT_KINDS, "inputs": INPUT_KINDS, "curvature": CURVATURE_KINDS}
 """What score.statistics may ask for, by kind."""
@@ -36,6 +38,7 @@ def plan_rules(run: Run) -> dict[str, Rule]:
     """The rule of each plan that is made."""
     settings = run.config.score
     ours = criteria.rule("channels", *settings.criterion, shares=settings.criterion_weights)
+    ours = replace(ours, scope=scope_after(run.config.sparsify.method, ours.scope))
     return {"ours": ours, **{name: criteria.rule("channels", name) for name in run.config.controls.criteria}}
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -16,10 +18,11 @@ from pipeline.execution.train import fit
 from pipeline.pruning import allocation
 from pipeline.report.progress import progress
 from pipeline.run import Run
+from pipeline.stages.calibrating import calibration_inputs, reestimated
 from pipeline.stages.masking import weight_target
 from pipeline.stages.planning import budget_inputs, channel_budget, kinds_needed, networks, one_budget
 from pipeline.training.dynamic import Masked
-from pipeline.training.loop import TrainResult
+from pipeline.training.loop import Record, TrainResult
 from pipeline.training.penalties import PlanOf
 from pipeline.training.policies import Aim, policies, require_aims
 from pipeline.training.policy import MakePolicy, Movement
@@ -56,8 +59,14 @@ def sparsify(run: Run) -> None:
     def work() -> None:
         dense = run.network("dense")
         teacher = dense if settings.distill_weight else None
-        policies = sparse_policies(goal)
-        _keep(run, "sparse", run_training(run, "sparsify", settings, dense, teacher, policies=policies))
+        result = run_training(run, "sparsify", settings, dense, teacher, policies=sparse_policies(goal))
+        if unmet := unmet_aim(result.history[-1]):
+            run.say(f"sparsify: {unmet}")
+        sparse = copy.deepcopy(dense)
+        sparse.load_state_dict(result.state_dict)
+        # The last updates, and gates and masks that settle, change what norms see; averaged statistics lag behind.
+        sparse = reestimated(run, "sparsify", {"sparse": sparse})["sparse"]
+        _keep(run, "sparse", replace(result, state_dict=sparse.state_dict()))
 
     run.stage("sparsify", sparsify_inputs(run), run.path("networks", "sparse.safetensors"), work)
 
@@ -68,6 +77,7 @@ def sparsify_inputs(run: Run) -> dict[str, Any]:
     masks = goal.config.masks.model_dump(mode="json", include={"pattern", "only", "keep", "share"})
     return {
         **training_inputs(run, run.config.sparsify),
+        **calibration_inputs(run),
         "weights": run.weights_sha256("dense"),
         "graph": run.graph().sha256(),
         "budget": budget_inputs(goal),
@@ -79,6 +89,16 @@ def sparse_policies(run: Run) -> list[MakePolicy]:
     """What `sparsify` trains with."""
     settings = run.config.sparsify
     return policies(settings.method, settings.strength, _aim(run))
+
+
+def unmet_aim(last: Record) -> str | None:
+    """What to do where a penalty has left more than was to remain: the cut then takes channels or weights that are not zero."""
+    if last.get("remains", 0.0) <= last.get("aim", 1.0):
+        return None
+    return (
+        f"{last['remains']:.1%} is not zero, the aim is {last['aim']:.1%}; what is removed has some weight left. Raise sparsify.strength "
+        "or sparsify.epochs to get there."
+    )
 
 
 def check_methods(run: Run) -> None:

@@ -56,12 +56,6 @@ class Entries:
             if m.role in roles and m.tensor in parameters
         ]
 
-    @property
-    def entries_per_channel(self) -> int:
-        return sum(
-            part.index_CK.shape[1] * part.parameter.numel() // part.parameter.shape[part.dim] for part in self.parts
-        )
-
     @torch.no_grad()
     def norms(self) -> Tensor:
         """float32 [C]: L2 norm over all entries of each channel."""
@@ -116,10 +110,12 @@ def remaining_cost(graph: Graph, measure: Measure) -> Remaining:
 
     def remaining(open_by_name: Mapping[str, Tensor]) -> Tensor:
         left_TD = sizes_TD
-        for group, (rows, widths) in zip(graph.groups, touched, strict=True):
-            if group.name in open_by_name:
-                removed = group.size - open_by_name[group.name].double().sum().cpu()
-                left_TD = left_TD.index_add(0, rows, -removed * widths)
+        gated = [
+            (group, where) for group, where in zip(graph.groups, touched, strict=True) if group.name in open_by_name
+        ]
+        kept_G = torch.stack([open_by_name[group.name].double().sum() for group, _ in gated]).cpu()  # one wait for all
+        for (group, (rows, widths)), kept in zip(gated, kept_G, strict=True):
+            left_TD = left_TD.index_add(0, rows, (kept - group.size) * widths)
         return factors_T @ left_TD.clamp(min=0).prod(1) / dense
 
     return remaining

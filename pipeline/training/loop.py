@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from pipeline.training import checkpoint
 from pipeline.training.policy import MakePolicy, Policies, Training, require_agreement, require_zeros, shares_of_zeros
-from pipeline.training.schedule import build_ema, build_optimizer, build_schedule
+from pipeline.training.schedule import build_ema, build_optimizer, build_schedule, sum_of_rates
 from pipeline.training.settings import TrainSettings
 from pipeline.training.step import Learner, mixed_seed
 
@@ -149,7 +149,10 @@ class _Run:
             num_steps=whole,
             warmup_steps=round(settings.warmup_epochs * steps_per_epoch),
         )
-        training = Training(learner.model, self.optimizer, self.num_steps, rank, learner.world_size, settings.seed)
+        lr_sum = sum_of_rates(self.schedule, range(self.first_of_schedule, whole))
+        training = Training(
+            learner.model, self.optimizer, self.num_steps, lr_sum, rank, learner.world_size, settings.seed
+        )
         self.policy = Policies([make(training) for make in policies])
         # Only rank 0 averages: it is the one that writes, and the batch-norm statistics are its own.
         self.ema = build_ema(learner.model, settings.ema_decay) if settings.ema_decay > 0 and rank == 0 else None

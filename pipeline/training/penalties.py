@@ -9,7 +9,7 @@ optimizer (momentum and Adam's scaling do not touch it), and a proximal step rea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,14 +63,17 @@ def l0_sign_step(weight: Tensor, grad: Tensor, amount: float) -> Tensor:
 
 
 class Penalty(Policy):
-    """Shrinks by learning rate * strength after each update, until what is zero meets the aim. From then on zeros stay, and the rest is free.
+    """Shrinks after each update, until what is zero meets the aim. From then on zeros stay, and the rest is free.
 
-    Without the loss in its way a weight shrinks by strength times the sum of the learning rates. Whether the aim is met is looked at
-    every `every` steps, since the answer comes from the device; and after shrinking, since momentum moves a weight from zero with each update.
+    Strength is without a unit, so that one number serves short and long trainings, large and small weights: where the loss is not in its way,
+    strength 1 takes from each weight, over the whole training, as much as the average one has at its beginning. Each update takes a
+    part of that in proportion to its learning rate.
+
+    Whether the aim is met is looked at after shrinking, since momentum moves a weight from zero with each update.
     """
 
-    def __init__(self, strength: float, aim: float, every: int) -> None:
-        self.strength, self.aim, self.every = strength, aim, every
+    def __init__(self, training: Training, strength: float, aim: float) -> None:
+        self.rate, self.aim = strength / training.lr_sum, aim
         self.held: dict[str, Tensor] = {}
         """Once the aim is met: by name, what is not zero."""
 
@@ -83,8 +86,8 @@ class Penalty(Policy):
         if self.rests:
             self.hold_()
             return
-        self.shrink_(lr * self.strength)
-        if self.aim and step % self.every == 0 and self.remaining() <= self.aim:
+        self.shrink_(lr * self.rate)
+        if self.aim and self.remaining() <= self.aim:
             self.held = {name: size > 0 for name, size in self.sizes().items()}
 
     def remaining(self) -> float:
@@ -96,10 +99,14 @@ class Penalty(Policy):
         return {}
 
     def shrink_(self, amount: float) -> None:
+        """By `amount` times the average size at the beginning."""
         raise NotImplementedError
 
     def hold_(self) -> None:
         """Zero again what was zero when the aim was met."""
+
+    def figures(self) -> dict[str, float]:
+        return {"remains": self.remaining(), "aim": self.aim} if self.aim else {}
 
     def shared(self) -> Mapping[str, Tensor]:
         return self.held
@@ -118,15 +125,14 @@ class Penalty(Policy):
 class _OnWeights(Penalty):
     """On each of the named weights; the aim is the fraction of them that stays, 0 for none."""
 
-    def __init__(
-        self, training: Training, *, names: Sequence[str], strength: float, keep: float = 0.0, every: int = 20
-    ) -> None:
-        super().__init__(strength, keep, every)
+    def __init__(self, training: Training, *, names: Sequence[str], strength: float, keep: float = 0.0) -> None:
+        super().__init__(training, strength, keep)
         self.weights = {name: training.parameters[name] for name in names}
+        self.average = average_size(self.weights.values())
 
     def shrink_(self, amount: float) -> None:
         for weight in self.weights.values():
-            weight.copy_(self.stepped(weight, amount))
+            weight.copy_(self.stepped(weight, amount * self.average))
 
     def stepped(self, weight: nn.Parameter, amount: float) -> Tensor:
         raise NotImplementedError
@@ -167,6 +173,12 @@ class L1Prox(_OnWeights):
         zero_where_zero_(model, self.weights)
 
 
+def average_size(weights: Iterable[Tensor]) -> float:
+    """Mean absolute value of all entries."""
+    sizes = [(float(weight.detach().abs().sum(dtype=torch.float64)), weight.numel()) for weight in weights]
+    return sum(size for size, _ in sizes) / sum(numel for _, numel in sizes)
+
+
 def zero_where_zero_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Averaged weights approach a zero and never reach it: they get those of the trained weights."""
     mask_(dict(model.named_parameters()), {name: weight != 0 for name, weight in weights.items()})
@@ -176,7 +188,10 @@ def zero_where_zero_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
 
 
 class _OnChannels(Penalty):
-    """On the channels of every group; the aim is the fraction of parameters or MACs that remains without the empty ones."""
+    """On the channels of every group; the aim is the fraction of parameters or MACs that remains without the empty ones.
+
+    The largest `min_keep` of each group, which no plan would remove, are left alone.
+    """
 
     def __init__(
         self,
@@ -187,11 +202,12 @@ class _OnChannels(Penalty):
         strength: float,
         measure: Measure = "params",
         fraction: float = 0.0,
-        every: int = 20,
+        min_keep: float = 0.1,
     ) -> None:
-        super().__init__(strength, fraction, every)
+        super().__init__(training, strength, fraction)
         self.cost = remaining_cost(graph, measure)
         self.groups = entries_of(graph, touched)
+        self.min_keep = min_keep
 
     def remaining(self) -> float:
         return float(self.cost({name: (size_C > 0).float() for name, size_C in self.sizes().items()}))
@@ -200,36 +216,40 @@ class _OnChannels(Penalty):
         """Group -> [C], 0 for channels that are empty."""
         return {entries.name: entries.norms() for entries in self.groups}
 
+    def may_go(self, norm_C: Tensor) -> Tensor:
+        """bool [C]: all but those that are left alone."""
+        may_C = torch.ones_like(norm_C, dtype=torch.bool)
+        may_C[norm_C.topk(math.ceil(self.min_keep * len(norm_C))).indices] = False
+        return may_C
+
     def hold_(self) -> None:
         for entries in self.groups:
             entries.scale_(self.held[entries.name].float())
+
+    def settle_(self, model: nn.Module) -> None:
+        zero_where_zero_(model, {part.name: part.parameter for entries in self.groups for part in entries.parts})
 
 
 class GroupLasso(_OnChannels):
     """`group_factor` on every channel of every group: all its entries, where it is written, where it is read, and in norms.
 
-    The strength of a channel is that of the penalty times the root of its number of entries, as by Yuan and Lin, so that wide
-    and narrow groups feel the same. The largest `min_keep` of each group, which no plan would remove, are left alone.
+    The norm that is taken away is a multiple of the group's average, so that wide and narrow groups, and those of small and of
+    large weights, feel the same.
     """
 
-    def __init__(self, training: Training, *, graph: Graph, min_keep: float = 0.1, **options: Any) -> None:
+    def __init__(self, training: Training, *, graph: Graph, **options: Any) -> None:
         super().__init__(training, graph=graph, touched=training.parameters, **options)
-        self.min_keep = min_keep
+        self.averages = [float(entries.norms().mean()) for entries in self.groups]
 
     def shrink_(self, amount: float) -> None:
-        for entries in self.groups:
+        for entries, average in zip(self.groups, self.averages, strict=True):
             norm_C = entries.norms()
-            factor_C = group_factor(norm_C, amount * entries.entries_per_channel**0.5)
-            factor_C[norm_C.topk(math.ceil(self.min_keep * entries.size)).indices] = 1
-            entries.scale_(factor_C)
-
-    def settle_(self, model: nn.Module) -> None:
-        parts = [part for entries in self.groups for part in entries.parts]
-        zero_where_zero_(model, {part.name: part.parameter for part in parts})
+            factor_C = group_factor(norm_C, amount * average)
+            entries.scale_(torch.where(self.may_go(norm_C), factor_C, 1.0))
 
 
 class BnSlimming(_OnChannels):
-    """`soft_threshold` on the scales of norms that channels pass through, and on nothing else.
+    """`soft_threshold` on the scales of norms that channels pass through, and on nothing else; one threshold for all groups.
 
     Source: Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017; a proximal step in place
     of their subgradient.
@@ -240,24 +260,29 @@ class BnSlimming(_OnChannels):
         if not self.scales:
             raise ValueError("bn_slimming: no group passes through a norm with a scale. Choose group_lasso.")
         super().__init__(training, graph=graph, touched=self.scales, **options)
+        self.average = average_size(self.scales.values())
 
     def shrink_(self, amount: float) -> None:
-        for scale in self.scales.values():
-            scale.copy_(soft_threshold(scale, amount))
-
-    def settle_(self, model: nn.Module) -> None:
-        zero_where_zero_(model, self.scales)
+        may_go = {name: torch.zeros_like(scale, dtype=torch.bool) for name, scale in self.scales.items()}
+        for entries in self.groups:
+            may_C = self.may_go(entries.norms()).float()
+            for part in entries.parts:
+                may_go[part.name] |= part.along(may_C, rest=0.0) > 0
+        for name, scale in self.scales.items():
+            smaller = soft_threshold(scale, amount * self.average)
+            scale.copy_(torch.where(may_go[name], smaller, scale))
 
     def figures(self) -> dict[str, float]:
         scales = torch.cat([scale.detach().reshape(-1) for scale in self.scales.values()])
-        return {"zero_scales": float((scales == 0).double().mean())}
+        return {**super().figures(), "zero_scales": float((scales == 0).double().mean())}
 
 
 class Growing(Policy):
     """Weight decay that rises step by step on the channels marked for removal, until they have nothing left to give.
 
-    Marked are the channels of least L2 norm at the beginning, as many as the budget asks for. Their decay is strength * k after k
-    intervals, applied as w * (1 - min(1, lr * decay)).
+    Marked are the channels of least L2 norm at the beginning, as many as the budget asks for. Their decay is in proportion to k after k
+    intervals, applied as w * (1 - min(1, lr * decay)). Strength is without a unit: at a constant rate, and without the loss in its way, a
+    marked weight falls to about exp(-strength) of itself.
 
     Source: Wang, Qin, Zhang, Fu, "Neural Pruning via Growing Regularization" (GReg-1), ICLR 2021.
     """
@@ -271,12 +296,17 @@ class Growing(Policy):
 
         self.groups = entries_of(graph, training.parameters)
         self.kept = agreed(marks, training)
-        self.strength, self.every = strength, every
-        self.last_rise = round(settled_after * training.num_steps)
+        self.every, self.last_rise = every, round(settled_after * training.num_steps)
+        intervals = [self._interval(step) for step in range(training.num_steps)]
+        self.rate = strength / training.lr_sum * len(intervals) / sum(intervals)
+
+    def _interval(self, step: int) -> int:
+        """1, 2 ..., until the decay no longer rises."""
+        return min(step, self.last_rise) // self.every + 1
 
     @torch.no_grad()
     def after_update(self, step: int, lr: float) -> None:
-        decay = self.strength * (min(step, self.last_rise) // self.every + 1)
+        decay = self.rate * self._interval(step)
         for entries in self.groups:
             kept_C = self.kept[entries.name].to(torch.float32)
             entries.scale_(kept_C + (1 - kept_C) * (1 - min(1.0, lr * decay)))

@@ -49,20 +49,19 @@ class Method:
     them, otherwise masks."""
     strength: float = 0.0
     """Default; 0: it has none."""
+    scope: str | None = None
+    """How channels have to compete afterwards, where a criterion would take the same part of every group: what is zero lies elsewhere."""
 
 
 def _on_weights(kind: type) -> Callable[[Aim, float], MakePolicy]:
-    return lambda aim, strength: partial(
-        kind, names=aim.names, strength=strength, keep=aim.keep or 0.0, every=aim.every
-    )
+    return lambda aim, strength: partial(kind, names=aim.names, strength=strength, keep=aim.keep or 0.0)
 
 
-def _on_groups(kind: type, **more: str) -> Callable[[Aim, float], MakePolicy]:
+def _on_groups(kind: type) -> Callable[[Aim, float], MakePolicy]:
     def make(aim: Aim, strength: float) -> MakePolicy:
-        own = {name: getattr(aim, field) for name, field in more.items()}
         assert aim.budget is not None
-        until = {"measure": aim.budget.measure, "fraction": aim.budget.fraction}
-        return partial(kind, graph=aim.graph, strength=strength, every=aim.every, **until, **own)
+        until = {"measure": aim.budget.measure, "fraction": aim.budget.fraction, "min_keep": aim.min_keep}
+        return partial(kind, graph=aim.graph, strength=strength, **until)
 
     return make
 
@@ -100,12 +99,12 @@ def _hard_concrete(aim: Aim, strength: float) -> MakePolicy:
 
 
 METHODS: dict[str, Method] = {
-    "l1_sign": Method(_on_weights(penalties.L1Sign), "weights", 1e-3),
-    "l1_prox": Method(_on_weights(penalties.L1Prox), "weights", 1e-3),
-    "l0_sign": Method(_on_weights(penalties.L0Sign), "weights", 1e-3),
-    "group_lasso": Method(_on_groups(penalties.GroupLasso, min_keep="min_keep"), "channels", 1e-3),
-    "bn_slimming": Method(_on_groups(penalties.BnSlimming), "channels", 1e-2),
-    "growing": Method(_growing, "channels", 1e-2),
+    "l1_sign": Method(_on_weights(penalties.L1Sign), "weights", 1.0),
+    "l1_prox": Method(_on_weights(penalties.L1Prox), "weights", 4.0),
+    "l0_sign": Method(_on_weights(penalties.L0Sign), "weights", 1.0),
+    "group_lasso": Method(_on_groups(penalties.GroupLasso), "channels", 2.0, scope="flat"),
+    "bn_slimming": Method(_on_groups(penalties.BnSlimming), "channels", 4.0, scope="flat"),
+    "growing": Method(_growing, "channels", 10.0),
     "hard_concrete": Method(_hard_concrete, "either"),
     "soft_filter": Method(_soft_filter, "channels"),
     "cubic": Method(_masks(dynamic.Cubic), "masks"),
@@ -131,6 +130,12 @@ def policies(names: Sequence[str], strengths: Sequence[float], aim: Aim) -> list
     masks = any(method.acts_on == "masks" for method in methods)
     aims = [replace(aim, keep=None) if masks and method.acts_on == "weights" else aim for method in methods]
     return [method.make(own, strength) for method, own, strength in zip(methods, aims, given, strict=True)]
+
+
+def scope_after(names: Sequence[str], scope: str) -> str:
+    """How channels compete after a training with these methods, by a criterion whose own scope is `scope`."""
+    own = [found for name in names if (found := METHODS[name].scope)]
+    return own[0] if own and scope == "layer" else scope
 
 
 def require_aims(names: Sequence[str], *, budget: bool, pattern: str | None, keep: float | None) -> None:

@@ -31,6 +31,8 @@ class Training:
     """In training, on its device; the policy changes its parameters in place."""
     optimizer: Optimizer
     num_steps: int
+    lr_sum: float
+    """Of the learning rates of all its updates."""
     rank: int = 0
     world_size: int = 1
     seed: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from timm.optim import param_groups_weight_decay
@@ -45,6 +46,15 @@ def build_schedule(
         warmup_prefix=True,
         t_in_epochs=False,
     )
+
+
+def sum_of_rates(schedule: CosineLRScheduler, steps: Iterable[int]) -> float:
+    """Of the learning rates of updates `steps`. Leaves the optimizer with the last of them."""
+    total = 0.0
+    for step in steps:
+        schedule.step_update(step)
+        total += schedule.optimizer.param_groups[0]["lr"]
+    return total
 
 
 def build_ema(model: nn.Module, decay: float) -> ModelEmaV3:

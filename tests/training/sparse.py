@@ -96,9 +96,9 @@ def accuracy(state: dict[str, Tensor]) -> float:
         return float((model.eval()(images).argmax(1) == labels).double().mean())
 
 
-def on(model: nn.Module, num_steps: int = 8, **options: float) -> Training:
+def on(model: nn.Module, num_steps: int = 8, lr_sum: float = 1.0, **options: float) -> Training:
     """A training of one rank with plain SGD, for tests that take single steps."""
-    return Training(model, torch.optim.SGD(model.parameters(), lr=0.1, **options), num_steps)
+    return Training(model, torch.optim.SGD(model.parameters(), lr=0.1, **options), num_steps, lr_sum)
 
 
 class Line(nn.Module):

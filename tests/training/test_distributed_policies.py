@@ -29,7 +29,6 @@ from tests.training.toy import same_tensors, without_times
 
 WORKERS = 2
 BUDGET = Budget(params=0.5)
-STRENGTHS = {"group_lasso": 0.15, "bn_slimming": 1.5, "growing": 1.0}
 CASES = [*METHODS, "hard_concrete of weights"]
 BY_SIGN = {"l1_sign", "l0_sign", "hard_concrete of weights"}
 """Sign steps, and Adam for gates: where a gradient is next to nothing, rounding decides the direction of a whole step."""
@@ -70,10 +69,10 @@ def made(case: str, graph: Graph) -> list[MakePolicy]:
         pattern="unstructured",
         keep=0.25,
         scope="global",
-        every=1 if METHODS[method].acts_on == "channels" else 3,
+        every=3,
         settled_after=0.7,
     )
-    return policies([method], [STRENGTHS.get(method, 0.05)], aim)
+    return policies([method], [], aim)
 
 
 def plan_of(graph: Graph) -> Callable[..., Plan]:
@@ -169,7 +168,7 @@ def scenario(rank: int, world_size: int, folder: str) -> None:
         keep(f"{case}, whole", made(case, graph), directory=f"{case}-whole")
         keep(f"{case}, killed", made(case, graph), dies_at=10, directory=f"{case}-cut")
         keep(f"{case}, resumed", made(case, graph), directory=f"{case}-cut")
-    training = Training(network(), torch.optim.SGD(network().parameters(), lr=0.1), 4, rank, world_size)
+    training = Training(network(), torch.optim.SGD(network().parameters(), lr=0.1), 4, 1.0, rank, world_size)
     results["agreed"] = agreed(lambda: by_rank_0(rank), training)
     options = {"names": WEIGHTS, "pattern": "unstructured", "scope": "layer", "every": 3, "settled_after": 0.7}
     keep("nothing stays", [partial(RigL, exchange=0.3, keep=1e-6, **options)])

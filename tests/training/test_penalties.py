@@ -74,11 +74,11 @@ def test_the_text_books_l0_rule_shrinks_weights_with_a_positive_gradient(weight,
     ("kind", "after"),
     [(L1Sign, [0.4, -0.15, -0.05]), (L1Prox, [0.4, -0.15, 0.0]), (L0Sign, [0.4, -0.15, -0.05])],
 )
-def test_a_penalty_acts_after_the_update_with_rate_times_strength(kind, after):
+def test_a_penalty_takes_its_strength_in_average_weights_over_the_whole_training(kind, after):
     model = Line([0.5, -0.25, 0.05])
     model.weight.grad = torch.tensor([[1.0, 1.0, 1.0]])
-    policy = kind(on(model), names=["weight"], strength=0.2)
-    policy.after_update(0, 0.5)  # 0.5 * 0.2 = 0.1
+    policy = kind(on(model, lr_sum=2.0), names=["weight"], strength=1.5)
+    policy.after_update(0, 0.5)  # a quarter of the sum of rates, of 1.5 times the average 0.8 / 3: 0.1
     assert close(model.weight[0].detach(), after)
 
 
@@ -97,8 +97,8 @@ def two_layers() -> tuple[nn.Sequential, Graph]:
 
 def test_the_group_lasso_scales_all_that_a_channel_owns_and_nothing_else():
     model, groups = two_layers()
-    # Norms are 5 and 0.5, each of 3 entries: amount = lr * strength * sqrt(3) = 1; nothing is left alone.
-    GroupLasso(on(model), graph=groups, strength=2 / 3**0.5, min_keep=0.0).after_update(0, 0.5)
+    # Norms are 5 and 0.5, 2.75 on average: half of the sum of rates takes 1 from each; nothing is left alone.
+    GroupLasso(on(model), graph=groups, strength=2 / 2.75, min_keep=0.0).after_update(0, 0.5)
     assert close(model[0].weight.detach(), [[2.4], [0.0]])
     assert close(model[1].weight.detach(), [[3.2, 0.0]])
     assert close(model[1].bias.detach(), [7.0])
@@ -107,14 +107,15 @@ def test_the_group_lasso_scales_all_that_a_channel_owns_and_nothing_else():
 def test_growing_decays_the_marked_channels_more_and_more():
     model, groups = two_layers()
     plan_of = partial(allocation.plan, groups, budget=Budget(params=0.6), criterion="magnitude_l2", scope="layer")
-    training = on(model, num_steps=4)
-    policy = Growing(training, graph=groups, strength=1.0, plan_of=plan_of, every=1, settled_after=0.5)
+    training = on(model, num_steps=4, lr_sum=0.4)
+    policy = Growing(training, graph=groups, strength=0.9, plan_of=plan_of, every=1, settled_after=0.5)
     factors = []
     for step in range(4):
         before = model[0].weight[1].item()
         policy.after_update(step, 0.1)
         factors.append(model[0].weight[1].item() / before)
-    assert factors == pytest.approx([0.9, 0.8, 0.7, 0.7])  # lr 0.1 * strength 1 * (1, 2, 3, no more)
+    # lr 0.1 * decay k for k = 1, 2, 3, no more: 0.9 in total, as strength says
+    assert factors == pytest.approx([0.9, 0.8, 0.7, 0.7])
     assert close(model[0].weight[0].detach(), [3.0])  # channel 0 is kept
     assert policy.figures() == {"largest_norm_of_marked": pytest.approx(0.5 * 0.9 * 0.8 * 0.7 * 0.7)}
 
@@ -122,7 +123,7 @@ def test_growing_decays_the_marked_channels_more_and_more():
 def test_bn_slimming_touches_the_scales_of_norms_alone():
     model = network()
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    BnSlimming(on(model), graph=graph(), strength=2.0).after_update(0, 0.25)
+    BnSlimming(on(model), graph=graph(), strength=2.0, min_keep=0.0).after_update(0, 0.25)
     changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
     assert changed == {"1.weight", "4.weight"}
     assert close(model[1].weight.detach(), [0.5] * 16)
@@ -137,7 +138,7 @@ def test_a_network_without_norms_cannot_be_slimmed():
 def test_a_penalty_that_has_met_its_aim_holds_its_zeros_against_momentum_and_leaves_the_others():
     model = Line([0.5, -0.25, 0.05])
     training = on(model, momentum=0.9)
-    policy = L1Prox(training, names=["weight"], strength=0.2, keep=0.7, every=1)
+    policy = L1Prox(training, names=["weight"], strength=0.75, keep=0.7)
     for step in range(3):
         model.weight.grad = torch.tensor([[0.0, 0.0, -0.1]]) * (
             step == 0
@@ -166,7 +167,7 @@ def zero_channels(state: dict[str, torch.Tensor]) -> list[int]:
 
 
 def test_l1_prox_reaches_its_share_of_exact_zeros_and_rests_there():
-    result = trained([partial(L1Prox, names=WEIGHTS, strength=0.15, keep=0.5, every=1)])
+    result = trained([partial(L1Prox, names=WEIGHTS, strength=3.0, keep=0.5)])
     state = result.state_dict
     zeros = sum(int((state[n] == 0).sum()) for n in WEIGHTS) / sum(state[n].numel() for n in WEIGHTS)
     assert 0.5 <= zeros < 0.55
@@ -177,7 +178,7 @@ def test_l1_prox_reaches_its_share_of_exact_zeros_and_rests_there():
 
 
 def test_l1_sign_leaves_small_weights_and_no_zeros():
-    state = trained([partial(L1Sign, names=WEIGHTS, strength=0.03)]).state_dict
+    state = trained([partial(L1Sign, names=WEIGHTS, strength=2.0)]).state_dict
     plain = trained([]).state_dict
     assert not any(bool((state[name] == 0).any()) for name in WEIGHTS)
     assert all(state[name].abs().mean() < 0.7 * plain[name].abs().mean() for name in WEIGHTS)
@@ -185,7 +186,7 @@ def test_l1_sign_leaves_small_weights_and_no_zeros():
 
 
 def test_channels_that_the_group_lasso_has_emptied_can_be_cut_without_a_trace():
-    state = trained([partial(GroupLasso, graph=graph(), strength=0.1, fraction=0.5, every=1)]).state_dict
+    state = trained([partial(GroupLasso, graph=graph(), strength=2.0, fraction=0.5)]).state_dict
     model = network()
     model.load_state_dict(state)
     saliency = magnitude_l2(graph(), {}, state, 0)
@@ -202,7 +203,7 @@ def test_channels_that_the_group_lasso_has_emptied_can_be_cut_without_a_trace():
 
 
 def test_bn_slimming_brings_scales_to_zero_until_the_budget_is_met():
-    result = trained([partial(BnSlimming, graph=graph(), strength=0.9, fraction=0.5, every=1)])
+    result = trained([partial(BnSlimming, graph=graph(), strength=2.0, fraction=0.5)])
     scales = {name: result.state_dict[f"{norm}.weight"] for name, norm in (("0", 1), ("3", 4))}
     left = remaining_cost(graph(), "params")({name: (scale != 0).float() for name, scale in scales.items()})
     assert 0.3 < float(left) <= 0.55
@@ -212,7 +213,7 @@ def test_bn_slimming_brings_scales_to_zero_until_the_budget_is_met():
 
 def test_growing_empties_exactly_what_the_budget_removes():
     plan_of = partial(allocation.plan, graph(), budget=Budget(params=0.4), criterion="magnitude_l2", scope="layer")
-    policy = partial(Growing, graph=graph(), strength=1.0, plan_of=plan_of, every=5, settled_after=0.75)
+    policy = partial(Growing, graph=graph(), strength=20.0, plan_of=plan_of, every=5, settled_after=0.75)
     result = trained([policy])
     assert result.history[-1]["largest_norm_of_marked"] < 1e-3
     kept = plan_of(magnitude_l2(graph(), {}, result.state_dict, 0))
@@ -227,9 +228,9 @@ def test_growing_empties_exactly_what_the_budget_removes():
 @pytest.mark.parametrize("kind", ["l1_prox", "group_lasso", "bn_slimming"])
 def test_a_penalty_that_rests_does_so_after_a_resume_too(tmp_path, kind):
     policy = {
-        "l1_prox": partial(L1Prox, names=WEIGHTS, strength=0.15, keep=0.5, every=1),
-        "group_lasso": partial(GroupLasso, graph=graph(), strength=0.1, fraction=0.5, every=1),
-        "bn_slimming": partial(BnSlimming, graph=graph(), strength=0.9, fraction=0.5, every=1),
+        "l1_prox": partial(L1Prox, names=WEIGHTS, strength=3.0, keep=0.5),
+        "group_lasso": partial(GroupLasso, graph=graph(), strength=2.0, fraction=0.5),
+        "bn_slimming": partial(BnSlimming, graph=graph(), strength=2.0, fraction=0.5),
     }[kind]
     whole = trained([policy], directory=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):

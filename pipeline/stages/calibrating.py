@@ -1,0 +1,58 @@
+"""Re-estimation of batch-norm statistics on training rows, wherever weights have changed behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from pipeline.data.units import Units
+from pipeline.run import Run
+from pipeline.stages.masking import before_calibration, masks_inputs
+from pipeline.stages.planning import cut_inputs, networks
+from pipeline.training.calibrate import BatchNormStatistics, apply_statistics, batch_norms
+
+
+def calibrate(run: Run) -> None:
+    """RUN/networks/NAME-calibrated.safetensors: the pruned networks with statistics of their own."""
+    made_from, units = {**cut_inputs(run), **masks_inputs(run)}, calibration_units(run)
+    batch_size = run.config.calibrate.batch_size
+    inputs = run.pass_inputs(run.train_rows, units, batch_size, **made_from) if units else {**made_from, "batches": 0}
+
+    def work() -> None:
+        models = {name: run.network(before_calibration(run, name), plan=name) for name in networks(run)}
+        for name, model in reestimated(run, "calibrate", models).items():
+            run.save_network(f"{name}-calibrated", model.state_dict())
+
+    run.stage("calibrate", inputs, run.path("networks"), work)
+
+
+def calibration_units(run: Run) -> Units | None:
+    """The rows that statistics are estimated on, whole batches of them; None where the configuration wants none."""
+    settings, rows = run.config.calibrate, run.train_rows
+    num_rows = min(settings.batches, rows.num_rows // settings.batch_size) * settings.batch_size
+    return Units(rows.row_groups, settings.batch_size, num_rows) if num_rows else None
+
+
+def reestimated(run: Run, stage: str, models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """Copies of the networks with statistics of their own, by a pass over the data in `stage`; as they are where there is nothing to do."""
+    units = calibration_units(run)
+    normed = {name: model for name, model in models.items() if batch_norms(model)}
+    if units is None or not normed:
+        return {**models}
+    result = run.data_pass(
+        stage,
+        BatchNormStatistics(normed),
+        run.train_rows,
+        units,
+        micro_batch=run.config.calibrate.batch_size,
+        title="re-estimate batch norm",
+    )
+    return {**models, **{name: apply_statistics(model, result.values, name) for name, model in normed.items()}}
+
+
+def calibration_inputs(run: Run) -> dict[str, Any]:
+    """What statistics are estimated on, for a stage that does so after training: whose bits no kind of device promises, either."""
+    units = calibration_units(run)
+    return {"calibrate": units.describe() if units else None}
