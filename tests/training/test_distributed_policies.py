@@ -29,8 +29,10 @@ from tests.training.toy import same_tensors, without_times
 
 WORKERS = 2
 BUDGET = Budget(params=0.5)
-CASES = [*METHODS, "hard_concrete of weights"]
-BY_SIGN = {"l1_sign", "l0_sign", "hard_concrete of weights"}
+OF_WEIGHTS = " of weights"
+TOGETHER = ["l1_prox + rigl", "group_lasso + rigl", f"l1_prox + hard_concrete{OF_WEIGHTS}"]
+CASES = [*METHODS, f"hard_concrete{OF_WEIGHTS}", *TOGETHER]
+BY_SIGN = {"l1_sign", "l0_sign", f"hard_concrete{OF_WEIGHTS}", f"l1_prox + hard_concrete{OF_WEIGHTS}"}
 """Sign steps, and Adam for gates: where a gradient is next to nothing, rounding decides the direction of a whole step."""
 
 
@@ -59,8 +61,8 @@ def traced() -> Graph:
 
 
 def made(case: str, graph: Graph) -> list[MakePolicy]:
-    method = case.split(" ")[0]
-    on_channels = METHODS[method].acts_on in ("channels", "either") and case == method
+    methods = case.removesuffix(OF_WEIGHTS).split(" + ")
+    on_channels = any(METHODS[name].acts_on in ("channels", "either") for name in methods) and OF_WEIGHTS not in case
     aim = Aim(
         graph=graph,
         budget=BUDGET if on_channels else None,
@@ -72,7 +74,10 @@ def made(case: str, graph: Graph) -> list[MakePolicy]:
         every=3,
         settled_after=0.7,
     )
-    return policies([method], [], aim)
+    strengths = [
+        0.5 if name == "l1_prox" else METHODS[name].strength for name in methods
+    ]  # beside others, which set zeros, too
+    return policies(methods, strengths if len(methods) > 1 else [], aim)
 
 
 def plan_of(graph: Graph) -> Callable[..., Plan]:
