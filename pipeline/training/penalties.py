@@ -9,7 +9,7 @@ optimizer (momentum and Adam's scaling do not touch it), and a proximal step rea
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,7 +128,8 @@ class _OnWeights(Penalty):
     def __init__(self, training: Training, *, names: Sequence[str], strength: float, keep: float = 0.0) -> None:
         super().__init__(training, strength, keep)
         self.weights = {name: training.parameters[name] for name in names}
-        self.average = average_size(self.weights.values())
+        sizes = [weight.detach().abs().sum(dtype=torch.float64) for weight in self.weights.values()]
+        self.average = float(sum(sizes)) / sum(weight.numel() for weight in self.weights.values())
 
     def shrink_(self, amount: float) -> None:
         for weight in self.weights.values():
@@ -173,12 +174,6 @@ class L1Prox(_OnWeights):
         zero_where_zero_(model, self.weights)
 
 
-def average_size(weights: Iterable[Tensor]) -> float:
-    """Mean absolute value of all entries."""
-    sizes = [(float(weight.detach().abs().sum(dtype=torch.float64)), weight.numel()) for weight in weights]
-    return sum(size for size, _ in sizes) / sum(numel for _, numel in sizes)
-
-
 def zero_where_zero_(model: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Averaged weights approach a zero and never reach it: they get those of the trained weights."""
     mask_(dict(model.named_parameters()), {name: weight != 0 for name, weight in weights.items()})
@@ -207,6 +202,8 @@ class _OnChannels(Penalty):
         super().__init__(training, strength, fraction)
         self.cost = remaining_cost(graph, measure)
         self.groups = entries_of(graph, touched)
+        self.averages: list[float] = []
+        """Of each group, what `shrink_` takes multiples of."""
         self.min_keep = min_keep
 
     def remaining(self) -> float:
@@ -216,11 +213,12 @@ class _OnChannels(Penalty):
         """Group -> [C], 0 for channels that are empty."""
         return {entries.name: entries.norms() for entries in self.groups}
 
-    def may_go(self, norm_C: Tensor) -> Tensor:
-        """bool [C]: all but those that are left alone."""
-        may_C = torch.ones_like(norm_C, dtype=torch.bool)
-        may_C[norm_C.topk(math.ceil(self.min_keep * len(norm_C))).indices] = False
-        return may_C
+    def shrink_(self, amount: float) -> None:
+        for entries, average in zip(self.groups, self.averages, strict=True):
+            norm_C = entries.norms()
+            factor_C = group_factor(norm_C, amount * average)
+            factor_C[norm_C.topk(math.ceil(self.min_keep * entries.size)).indices] = 1
+            entries.scale_(factor_C)
 
     def hold_(self) -> None:
         for entries in self.groups:
@@ -241,40 +239,24 @@ class GroupLasso(_OnChannels):
         super().__init__(training, graph=graph, touched=training.parameters, **options)
         self.averages = [float(entries.norms().mean()) for entries in self.groups]
 
-    def shrink_(self, amount: float) -> None:
-        for entries, average in zip(self.groups, self.averages, strict=True):
-            norm_C = entries.norms()
-            factor_C = group_factor(norm_C, amount * average)
-            entries.scale_(torch.where(self.may_go(norm_C), factor_C, 1.0))
-
 
 class BnSlimming(_OnChannels):
-    """`soft_threshold` on the scales of norms that channels pass through, and on nothing else; one threshold for all groups.
+    """`group_factor` on the scales of norms that a channel passes through, and on nothing else; one threshold for all groups.
+
+    Of one norm that is `soft_threshold`. Those of a residual stream go to zero together: a channel is not gone before its last scale is,
+    and the scales of branches, which begin at zero in some networks, would otherwise take whole branches with them.
 
     Source: Liu et al., "Learning Efficient Convolutional Networks through Network Slimming", ICCV 2017; a proximal step in place
     of their subgradient.
     """
 
     def __init__(self, training: Training, *, graph: Graph, **options: Any) -> None:
-        self.scales = norm_scales(graph, training.parameters)
-        if not self.scales:
+        scales = norm_scales(graph, training.parameters)
+        if not scales:
             raise ValueError("bn_slimming: no group passes through a norm with a scale. Choose group_lasso.")
-        super().__init__(training, graph=graph, touched=self.scales, **options)
-        self.average = average_size(self.scales.values())
-
-    def shrink_(self, amount: float) -> None:
-        may_go = {name: torch.zeros_like(scale, dtype=torch.bool) for name, scale in self.scales.items()}
-        for entries in self.groups:
-            may_C = self.may_go(entries.norms()).float()
-            for part in entries.parts:
-                may_go[part.name] |= part.along(may_C, rest=0.0) > 0
-        for name, scale in self.scales.items():
-            smaller = soft_threshold(scale, amount * self.average)
-            scale.copy_(torch.where(may_go[name], smaller, scale))
-
-    def figures(self) -> dict[str, float]:
-        scales = torch.cat([scale.detach().reshape(-1) for scale in self.scales.values()])
-        return {**super().figures(), "zero_scales": float((scales == 0).double().mean())}
+        super().__init__(training, graph=graph, touched=scales, **options)
+        average = float(torch.cat([entries.norms() for entries in self.groups]).mean())
+        self.averages = [average] * len(self.groups)
 
 
 class Growing(Policy):
