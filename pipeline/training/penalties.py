@@ -43,13 +43,24 @@ def soft_threshold(weight: Tensor, amount: float) -> Tensor:
     return weight.sign() * (weight.abs() - amount).clamp(min=0)
 
 
-def group_factor(norm_C: Tensor, amount: float) -> Tensor:
+def group_factor(norm_C: Tensor, amount: float | Tensor) -> Tensor:
     """max(0, 1 - amount / ||w_g||) of each channel's norm: the proximal step of the group lasso scales the channel by it.
 
     Source: Yuan and Lin, "Model selection and estimation in regression with grouped variables", 2006; over all members
     of a group: Fang et al., "DepGraph", CVPR 2023.
     """
     return (1 - amount / norm_C.clamp(min=torch.finfo(norm_C.dtype).tiny)).clamp(min=0)
+
+
+def adaptive_share(norm_C: Tensor, least: Tensor, largest: Tensor) -> Tensor:
+    """2^(-4 (||w_g|| - least) / (largest - least)): 1 for the least norm, 1/16 for the largest.
+
+    A penalty that is the same for all takes as much from the channels that will stay, and a network whose norms are alike is shrunk as a
+    whole before the first channel is gone.
+
+    Source: Fang et al., "DepGraph", CVPR 2023, equation 5, by the norm in place of their importance.
+    """
+    return torch.exp2(-4 * (norm_C - least) / (largest - least).clamp(min=torch.finfo(norm_C.dtype).tiny))
 
 
 def l0_sign_step(weight: Tensor, grad: Tensor, amount: float) -> Tensor:
@@ -214,11 +225,17 @@ class _OnChannels(Penalty):
         return {entries.name: entries.norms() for entries in self.groups}
 
     def shrink_(self, amount: float) -> None:
-        for entries, average in zip(self.groups, self.averages, strict=True):
-            norm_C = entries.norms()
-            factor_C = group_factor(norm_C, amount * average)
+        norms = [entries.norms() for entries in self.groups]
+        for entries, average, norm_C, share_C in zip(
+            self.groups, self.averages, norms, self.shares(norms), strict=True
+        ):
+            factor_C = group_factor(norm_C, amount * average * share_C)
             factor_C[norm_C.topk(math.ceil(self.min_keep * entries.size)).indices] = 1
             entries.scale_(factor_C)
+
+    def shares(self, norms: Sequence[Tensor]) -> list[Tensor]:
+        """[C] each: the part of the penalty that a channel feels, by its place between the least and the largest norm of its group."""
+        return [adaptive_share(norm_C, norm_C.min(), norm_C.max()) for norm_C in norms]
 
     def hold_(self) -> None:
         for entries in self.groups:
@@ -257,6 +274,10 @@ class BnSlimming(_OnChannels):
         super().__init__(training, graph=graph, touched=scales, **options)
         average = float(torch.cat([entries.norms() for entries in self.groups]).mean())
         self.averages = [average] * len(self.groups)
+
+    def shares(self, norms: Sequence[Tensor]) -> list[Tensor]:
+        least, largest = torch.cat([*norms]).aminmax()
+        return [adaptive_share(norm_C, least, largest) for norm_C in norms]
 
 
 class Growing(Policy):

@@ -21,6 +21,7 @@ from pipeline.training.penalties import (
     L0Sign,
     L1Prox,
     L1Sign,
+    adaptive_share,
     group_factor,
     l0_sign_step,
     sign_step,
@@ -96,12 +97,18 @@ def two_layers() -> tuple[nn.Sequential, Graph]:
     return model, chain(1, 2, 1)
 
 
+def test_the_least_norm_feels_the_whole_penalty_and_the_largest_a_sixteenth():
+    norm_C = torch.tensor([1.0, 2.0, 3.0])
+    assert close(adaptive_share(norm_C, norm_C.min(), norm_C.max()), [1.0, 0.25, 0.0625])
+    assert close(adaptive_share(torch.ones(2), torch.tensor(1.0), torch.tensor(1.0)), [1.0, 1.0])
+
+
 def test_the_group_lasso_scales_all_that_a_channel_owns_and_nothing_else():
     model, groups = two_layers()
-    # Norms are 5 and 0.5, 2.75 on average: half of the sum of rates takes 1 from each; nothing is left alone.
+    # Norms are 5 and 0.5, 2.75 on average: half of the sum of rates takes 1 from the least and 1/16 from the largest; nothing is left alone.
     GroupLasso(on(model), graph=groups, strength=2 / 2.75, min_keep=0.0).after_update(0, 0.5)
-    assert close(model[0].weight.detach(), [[2.4], [0.0]])
-    assert close(model[1].weight.detach(), [[3.2, 0.0]])
+    assert close(model[0].weight.detach(), [[2.9625], [0.0]])
+    assert close(model[1].weight.detach(), [[3.95, 0.0]])
     assert close(model[1].bias.detach(), [7.0])
 
 
@@ -138,10 +145,10 @@ def test_scales_of_one_channel_go_to_zero_together():
         model[1].weight.copy_(torch.tensor([3.0, 0.3]))
         model[3].weight.copy_(torch.tensor([4.0, 0.4]))
     traced = trace(model.eval(), torch.zeros(1, 1, 4, 4))
-    # Norms are 5 and 0.5, 2.75 on average: half of the sum of rates takes 1 from each.
+    # Norms are 5 and 0.5, 2.75 on average: half of the sum of rates takes 1 from the least and 1/16 from the largest.
     BnSlimming(on(model), graph=traced, strength=2 / 2.75, min_keep=0.0).after_update(0, 0.5)
-    assert close(model[1].weight.detach(), [2.4, 0.0])
-    assert close(model[3].weight.detach(), [3.2, 0.0])
+    assert close(model[1].weight.detach(), [2.9625, 0.0])
+    assert close(model[3].weight.detach(), [3.95, 0.0])
 
 
 def test_a_network_without_norms_cannot_be_slimmed():
@@ -201,7 +208,7 @@ def test_l1_sign_leaves_small_weights_and_no_zeros():
 
 
 def test_channels_that_the_group_lasso_has_emptied_can_be_cut_without_a_trace():
-    state = trained([partial(GroupLasso, graph=graph(), strength=2.0, fraction=0.5)]).state_dict
+    state = trained([partial(GroupLasso, graph=graph(), strength=8.0, fraction=0.5)]).state_dict
     model = network()
     model.load_state_dict(state)
     saliency = magnitude_l2(graph(), {}, state, 0)
@@ -218,7 +225,7 @@ def test_channels_that_the_group_lasso_has_emptied_can_be_cut_without_a_trace():
 
 
 def test_bn_slimming_brings_scales_to_zero_until_the_budget_is_met():
-    result = trained([partial(BnSlimming, graph=graph(), strength=2.0, fraction=0.5)])
+    result = trained([partial(BnSlimming, graph=graph(), strength=8.0, fraction=0.5)])
     scales = {name: result.state_dict[f"{norm}.weight"] for name, norm in (("0", 1), ("3", 4))}
     left = remaining_cost(graph(), "params")({name: (scale != 0).float() for name, scale in scales.items()})
     assert 0.3 < float(left) <= 0.55
@@ -244,8 +251,8 @@ def test_growing_empties_exactly_what_the_budget_removes():
 def test_a_penalty_that_rests_does_so_after_a_resume_too(tmp_path, kind):
     policy = {
         "l1_prox": partial(L1Prox, names=WEIGHTS, strength=3.0, keep=0.5),
-        "group_lasso": partial(GroupLasso, graph=graph(), strength=2.0, fraction=0.5),
-        "bn_slimming": partial(BnSlimming, graph=graph(), strength=2.0, fraction=0.5),
+        "group_lasso": partial(GroupLasso, graph=graph(), strength=8.0, fraction=0.5),
+        "bn_slimming": partial(BnSlimming, graph=graph(), strength=8.0, fraction=0.5),
     }[kind]
     whole = trained([policy], directory=tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
