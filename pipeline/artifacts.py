@@ -1,22 +1,27 @@
 """Storage: files on any path that pyarrow knows, written whole or not at all, with a fingerprint of what they were made from.
 
-A path is local (`/data/run`, `runs/a`) or a URI (`s3://bucket/run?region=eu-west-1`, `gs://bucket/run`). Local files are written beside their
-target, synced and renamed; object stores have no rename and need none: a PUT is seen whole or not at all.
+A path is local (`/data/run`, `runs/a`, a mount of NFS) or a URI (`s3://bucket/run?region=eu-west-1`, `gs://bucket/run`). Local files are
+written beside their target, synced and renamed; object stores have no rename and need none: an object is there when its upload is
+finished, or not at all. What a user of either has to know: docs/storage.md.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import hashlib
 import json
 import os
+import re
 import socket
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
+from urllib.parse import parse_qsl, unquote, urlencode
 
 import torch
 from pyarrow import ArrowInvalid
@@ -38,6 +43,34 @@ DTYPES = {
 }
 """As safetensors names them."""
 
+OBJECT_STORES = ("s3", "gs", "gcs")
+"""Where an object is seen whole or not at all. Of other file systems rows are read, but nothing is written to them."""
+
+S3_PATIENCE = {"connect_timeout": 3.0, "request_timeout": 10.0, "max_attempts": 5}
+"""Seconds until a server has to answer, and how often it is asked, with growing pauses (7 s in all on average). Options of a URI of
+the same name replace them. pyarrow's own patience with a server that is silent is 100 s for each request."""
+
+S3_NOT_COPIED = {"smart_defaults", "tls_ca_dir_path", "tls_verify_certificates"}
+"""Options that pyarrow forgets when it copies a file system, which is the only way to give one from a URI our patience."""
+
+GCS_PATIENCE_S = 30
+"""pyarrow's own is 15 minutes. Option of a URI: `retry_limit_seconds`."""
+
+STALE_ATTEMPTS = 5
+"""How often a file is opened that was replaced while it was being read."""
+
+WAYS_OUT = {
+    "NO_SUCH_BUCKET": "Create the bucket, or correct its name.",
+    "ACCESS_DENIED|INVALID_ACCESS_KEY|SIGNATURE|HTTP status code: 40[13]|OAuth2": (
+        "Check the credentials and their rights: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or GOOGLE_APPLICATION_CREDENTIALS, in the "
+        "environment of every node."
+    ),
+    "NETWORK_CONNECTION|UNAVAILABLE|CURL": (
+        "The server does not answer from here: check the address (endpoint_override, region, scheme) and the network."
+    ),
+}
+"""What pyarrow says of object stores -> what to do."""
+
 
 class StaleArtifact(ValueError):
     """An artifact was made from other inputs than this run has."""
@@ -54,6 +87,10 @@ class StorageError(OSError):
 
 class RemoteError(StorageError):
     """An object store refuses or does not answer."""
+
+
+class BadAddress(StorageError):
+    """A URI that no file system can have."""
 
 
 # --- paths -------------------------------------------------------------------------------------------------------------
@@ -75,13 +112,66 @@ def absolute(path: str) -> str:
     return path.rstrip("/") if is_uri(path) else os.path.abspath(os.path.expanduser(path))
 
 
+def shown(text: str) -> str:
+    """A message or a URI without the credentials in it."""
+    return re.sub(r"://[^/@?\s]*@", "://", text)
+
+
+def file_system(path: str) -> tuple[arrow_fs.FileSystem, str]:
+    """The file system of a path and the path inside it. Errors are those of pyarrow; `storage` gives them a name.
+
+    Of each bucket and its options one client is kept: to make one, its region and credentials are looked up, by requests.
+    """
+    if not is_uri(path):
+        return arrow_fs.LocalFileSystem(), path
+    base, _, options = path.partition("?")
+    scheme, _, place = base.partition("://")
+    if scheme not in OBJECT_STORES:
+        return arrow_fs.FileSystem.from_uri(path)
+    authority, _, inner = place.partition("/")
+    bucket = authority.rpartition("@")[2]
+    return _client(scheme, authority, options), f"{bucket}/{unquote(inner)}".rstrip("/")
+
+
+@cache
+def _client(scheme: str, authority: str, options: str) -> arrow_fs.FileSystem:
+    given: dict[str, Any] = dict(parse_qsl(options, keep_blank_values=True))
+    if scheme == "s3":
+        try:
+            patience = {name: type(usual)(given.pop(name, usual)) for name, usual in S3_PATIENCE.items()}
+        except ValueError as error:
+            raise ArrowInvalid(f"{error}, in one of {', '.join(S3_PATIENCE)}") from error
+        given.setdefault("allow_delayed_open", "true")  # a small object is one request, not three
+    else:
+        given.setdefault("retry_limit_seconds", GCS_PATIENCE_S)
+    filesystem, _ = arrow_fs.FileSystem.from_uri(f"{scheme}://{authority}/?{urlencode(given)}")
+    if isinstance(filesystem, arrow_fs.S3FileSystem) and not given.keys() & S3_NOT_COPIED:
+        attempts = int(patience.pop("max_attempts"))
+        _, (same,) = filesystem.__reduce__()
+        retries = arrow_fs.AwsStandardS3RetryStrategy(max_attempts=attempts)
+        filesystem = arrow_fs.S3FileSystem(**{**same, **patience, "retry_strategy": retries})
+    return filesystem
+
+
 @contextmanager
-def _remote(path: str) -> Iterator[tuple[arrow_fs.FileSystem, str]]:
-    """The file system of a URI and the path in it; what goes wrong inside names the URI."""
+def storage(path: str) -> Iterator[tuple[arrow_fs.FileSystem, str]]:
+    """The file system of a path and the path in it; what goes wrong inside names the path and the way out."""
     try:
-        yield arrow_fs.FileSystem.from_uri(path)
-    except (OSError, ArrowInvalid, NotImplementedError) as error:
-        raise RemoteError(f"{path}: {error}. Check the address, its permissions and the network.") from error
+        yield file_system(path)
+    except StorageError:
+        raise
+    except FileNotFoundError as error:
+        raise StorageError(
+            errno.ENOENT, shown(f"cannot read {path}: there is no such file, or no such bucket")
+        ) from error
+    except (ArrowInvalid, NotImplementedError) as error:
+        raise BadAddress(shown(f"{path}: {error}. Check the address.")) from error
+    except OSError as error:
+        if not is_uri(path):
+            raise StorageError(error.errno, f"cannot read {path}: {error}") from error
+        usual = "Check the address, its permissions and the network."
+        way_out = next((todo for said, todo in WAYS_OUT.items() if re.search(said, str(error))), usual)
+        raise RemoteError(shown(f"{path}: {error}. {way_out}")) from error
 
 
 # --- whole files -------------------------------------------------------------------------------------------------------
@@ -94,13 +184,9 @@ def write_bytes(path: str, data: bytes) -> None:
 
 def write_parts(path: str, parts: Iterable[bytes | memoryview]) -> None:
     """The same for a file that comes in parts: none but the part in hand is in memory."""
+    path = path.removeprefix("file://")
     if is_uri(path):
-        # A stream of an object store that is not closed leaves nothing; leaving the block by an error must not close it.
-        with _remote(path) as (filesystem, inner):
-            stream = filesystem.open_output_stream(inner)
-            for part in parts:
-                stream.write(part)
-            stream.close()
+        _upload(path, parts)
         return
     directory = os.path.dirname(os.path.abspath(path))
     temporary = os.path.join(directory, f".{os.path.basename(path)}.tmp-{uuid.uuid4().hex[:8]}")
@@ -111,10 +197,13 @@ def write_parts(path: str, parts: Iterable[bytes | memoryview]) -> None:
                 file.write(part)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            written = os.fstat(file.fileno())
+        _rename(temporary, path, written)
         _sync_directory(directory)
-    except OSError as error:
+    except BaseException as error:
         _discard(temporary)
+        if not isinstance(error, OSError) or isinstance(error, StorageError):  # of the parts, not of this file
+            raise
         raise StorageError(
             error.errno,
             f"cannot write {path}: {error.strerror}. What was there before is untouched. "
@@ -122,10 +211,43 @@ def write_parts(path: str, parts: Iterable[bytes | memoryview]) -> None:
         ) from error
 
 
+def _upload(path: str, parts: Iterable[bytes | memoryview]) -> None:
+    if path.partition("://")[0] not in OBJECT_STORES:
+        raise StorageError(
+            shown(
+                f"cannot write {path}: a reader there could see half of a file. Choose a --run-dir on s3://, gs:// or a mounted path."
+            )
+        )
+    with storage(path) as (filesystem, inner):
+        stream = filesystem.open_output_stream(inner)
+        try:
+            for part in parts:
+                stream.write(part)
+            stream.close()
+        except BaseException:
+            # pyarrow closes a stream when the last reference to it goes, and what is closed can be read, however little of it was
+            # written (github.com/apache/arrow/issues/40502). So this one goes never: it keeps a few MB until the process ends. Parts that
+            # were sent are no object; the bucket's rule for incomplete uploads removes them.
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(stream))
+            raise
+
+
+def _rename(temporary: str, path: str, written: os.stat_result) -> None:
+    try:
+        os.replace(temporary, path)
+    except FileNotFoundError:
+        # NFS asks again if the answer is lost, and hears that there is nothing to rename any more.
+        if not os.path.exists(path) or os.stat(path).st_ino != written.st_ino:
+            raise
+
+
 def _sync_directory(directory: str) -> None:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):  # mounts that know no fsync of a directory
+            raise
     finally:
         os.close(descriptor)
 
@@ -139,40 +261,86 @@ def _discard(path: str) -> None:
 
 def read_bytes(path: str) -> bytes:
     if is_uri(path):
-        with _remote(path) as (filesystem, inner), filesystem.open_input_file(inner) as stream:
-            return bytes(stream.read())
+        return _download(path)
+    for attempt in range(STALE_ATTEMPTS):
+        try:
+            with open(path, "rb") as file:
+                return file.read()
+        except OSError as error:
+            if error.errno != errno.ESTALE or attempt == STALE_ATTEMPTS - 1:
+                raise StorageError(error.errno, f"cannot read {path}: {error.strerror}") from error
+    raise AssertionError
+
+
+def _download(path: str) -> bytes:
+    """pyarrow asks for the size and then for the bytes: of an object that is replaced between the two it would give a part."""
+    with storage(path) as (filesystem, inner):
+        for _ in range(STALE_ATTEMPTS):
+            with filesystem.open_input_file(inner) as stream:
+                try:
+                    data = bytes(stream.read())
+                except FileNotFoundError:  # of this generation, says GCS
+                    continue
+                with filesystem.open_input_file(inner) as again:
+                    if again.metadata() == stream.metadata():
+                        return data
+    raise RemoteError(shown(f"{path}: it was replaced each time that it was read. Try again when its writer rests."))
+
+
+def read_if_there(path: str) -> bytes | None:
+    """By one request less than `exists` and `read_bytes`."""
     try:
-        with open(path, "rb") as file:
-            return file.read()
-    except OSError as error:
-        raise StorageError(error.errno, f"cannot read {path}: {error.strerror}") from error
+        return read_bytes(path)
+    except StorageError as error:
+        if error.errno == errno.ENOENT:
+            return None
+        raise
 
 
 @contextmanager
 def open_file(path: str) -> Iterator[Any]:
     """A file for reading in parts: `read` and `seek`."""
     if is_uri(path):
-        with _remote(path) as (filesystem, inner), filesystem.open_input_file(inner) as stream:
+        with storage(path) as (filesystem, inner), filesystem.open_input_file(inner) as stream:
             yield stream
         return
     try:
         with open(path, "rb") as file:
             yield file
+    except StorageError:
+        raise
     except OSError as error:
         raise StorageError(error.errno, f"cannot read {path}: {error.strerror}") from error
 
 
 def copy(source: str, target: str) -> None:
     """A file of any size, in pieces."""
-    with open_file(source) as file:
-        write_parts(target, iter(lambda: file.read(1 << 24), b""))
+
+    def pieces() -> Iterator[bytes]:
+        with open_file(source) as file:
+            while piece := file.read(1 << 24):
+                yield piece
+
+    write_parts(target, pieces())
 
 
 def exists(path: str) -> bool:
     if is_uri(path):
-        with _remote(path) as (filesystem, inner):
+        with storage(path) as (filesystem, inner):
             return bool(filesystem.get_file_info(inner).type != arrow_fs.FileType.NotFound)
-    return os.path.exists(path)
+    return os.path.exists(path) or (_look_again(os.path.dirname(os.path.abspath(path))) and os.path.exists(path))
+
+
+def _look_again(directory: str) -> bool:
+    """A client of NFS remembers for up to a minute that a name was not there. To open its directory makes it ask the server."""
+    try:
+        os.close(os.open(directory, os.O_RDONLY | os.O_DIRECTORY))
+    except FileNotFoundError:
+        above = os.path.dirname(directory)
+        return above != directory and _look_again(above)
+    except OSError:
+        return False
+    return True
 
 
 def list_dir(path: str) -> list[str]:
@@ -183,12 +351,17 @@ def list_dir(path: str) -> list[str]:
 def list_sizes(path: str) -> dict[str, int]:
     """The same with the size of each file in bytes."""
     if is_uri(path):
-        with _remote(path) as (filesystem, inner):
+        with storage(path) as (filesystem, inner):
             infos = filesystem.get_file_info(arrow_fs.FileSelector(inner, allow_not_found=True))
         sizes = {info.base_name: int(info.size or 0) for info in infos}
-    elif os.path.isdir(path):
-        with os.scandir(path) as entries:
-            sizes = {entry.name: size for entry in entries if (size := _size(entry)) is not None}
+    elif exists(path):
+        try:
+            with os.scandir(path) as entries:
+                sizes = {entry.name: size for entry in entries if (size := _size(entry)) is not None}
+        except NotADirectoryError:
+            sizes = {}
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot list {path}: {error.strerror}") from error
     else:
         sizes = {}
     return {name: sizes[name] for name in sorted(sizes) if not name.startswith(".")}
@@ -202,28 +375,47 @@ def _size(entry: os.DirEntry[str]) -> int | None:
 
 
 def remove(path: str) -> None:
+    """A missing file is as good as removed."""
     if is_uri(path):
-        with _remote(path) as (filesystem, inner):
+        with storage(path) as (filesystem, inner), suppress(FileNotFoundError):
             filesystem.delete_file(inner)
-    elif os.path.exists(path):
+        return
+    try:
         os.unlink(path)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise StorageError(error.errno, f"cannot remove {path}: {error.strerror}") from error
 
 
 def tensor_parts(
     tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> Iterator[bytes | memoryview]:
     """The bytes of a safetensors file, tensor by tensor in the order of their names: the same tensors give the same bytes."""
+    in_order = {name: tensors[name] for name in sorted(tensors)}
+    yield from streamed_tensors(in_order, in_order.items(), metadata)
+
+
+def streamed_tensors(
+    about: Mapping[str, Tensor], tensors: Iterable[tuple[str, Tensor]], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes | memoryview]:
+    """The bytes of a safetensors file whose tensors need not be in memory together.
+
+    Args:
+        about: what is to come, in its order; may be on the meta device.
+        tensors: the same names, shapes and types, in the same order.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
-    for name in sorted(tensors):
-        tensor = tensors[name]
+    for name, tensor in about.items():
         start, end = end, end + tensor.numel() * tensor.element_size()
         header[name] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for name in sorted(tensors):
-        yield tensor_bytes(tensors[name])
+    for (name, expected), (given, tensor) in zip(about.items(), tensors, strict=True):
+        assert (name, expected.shape, expected.dtype) == (given, tensor.shape, tensor.dtype), f"{given} for {name}"
+        yield tensor_bytes(tensor)
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:
@@ -374,4 +566,4 @@ class Manifest:
         write_bytes(self.path, self._seen)
 
     def _bytes(self) -> bytes:
-        return read_bytes(self.path) if exists(self.path) else b""
+        return read_if_there(self.path) or b""

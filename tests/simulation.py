@@ -20,7 +20,7 @@ from functools import partial
 import torch
 
 from pipeline.execution.coordinator import Abort, Coordinator, Done, Joined, Lost, Spawn, Tick, Work
-from pipeline.execution.ledger import Commit, Reading, accept, digest
+from pipeline.execution.ledger import Commit, Reading, accept, digest, pieces
 from pipeline.saliency.exact import Grid
 
 GRID = Grid({}, 52)  # integers are their own grid
@@ -47,7 +47,7 @@ class Storage:
             self.torn.add(name)
 
     def read(self, num_units: int) -> Reading:
-        return accept((c for name, c in sorted(self.commits.items()) if name not in self.torn), num_units, GRID)
+        return accept((c for name, c in sorted(self.commits.items()) if name not in self.torn), num_units)
 
 
 class Cluster:
@@ -216,8 +216,8 @@ def _run(cluster: Cluster) -> Counter[str]:
 
 def _require_undisturbed(reading: Reading, num_units: int) -> None:
     assert reading.rows == ROWS_PER_UNIT * num_units, f"{reading.rows} rows of {ROWS_PER_UNIT * num_units}"
-    assert reading.sums is not None
-    assert digest(reading.sums.totals) == digest(totals(tuple(range(num_units)))), "other bits"
+    (sums,) = pieces(reading.accepted, GRID)
+    assert digest(sums.totals) == digest(totals(tuple(range(num_units)))), "other bits"
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,85 @@ def test_a_full_disk_leaves_the_old_file_and_no_rest(tmp_path: Path, monkeypatch
         artifacts.write_bytes(path, b"new")
     assert artifacts.read_bytes(path) == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_parts_that_end_in_an_error_leave_the_old_file_and_no_rest(tmp_path: Path):
+    def parts() -> Iterator[bytes]:
+        yield b"new"
+        raise ValueError("half way")
+
+    path = str(tmp_path / "file")
+    artifacts.write_bytes(path, b"old")
+    with pytest.raises(ValueError, match="half way"):
+        artifacts.write_parts(path, parts())
+    assert artifacts.read_bytes(path) == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_rename_counts_though_nfs_lost_the_answer_and_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    really = os.replace
+
+    def twice(source: str, target: str) -> None:
+        really(source, target)
+        really(source, target)
+
+    monkeypatch.setattr(os, "replace", twice)
+    artifacts.write_bytes(str(tmp_path / "file"), b"new")
+    assert artifacts.read_bytes(str(tmp_path / "file")) == b"new"
+
+    monkeypatch.setattr(os, "replace", lambda source, target: really(source + "x", target))  # really not there
+    with pytest.raises(StorageError, match="cannot write"):
+        artifacts.write_bytes(str(tmp_path / "file"), b"newer")
+    assert artifacts.read_bytes(str(tmp_path / "file")) == b"new"
+
+
+def test_a_mount_that_cannot_sync_directories_will_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    really = os.fsync
+
+    def files_only(descriptor: int) -> None:
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        really(descriptor)
+
+    monkeypatch.setattr(os, "fsync", files_only)
+    artifacts.write_bytes(str(tmp_path / "file"), b"new")
+    assert artifacts.read_bytes(str(tmp_path / "file")) == b"new"
+
+
+@pytest.mark.parametrize(("times", "passes"), [(2, True), (99, False)])
+def test_a_file_that_was_replaced_while_nfs_read_it_is_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, passes: bool
+):
+    path = tmp_path / "file"
+    path.write_bytes(b"new")
+    left = [times]
+
+    def stale(*args: object) -> object:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return open(*args)
+
+    monkeypatch.setattr(artifacts, "open", stale, raising=False)
+    if passes:
+        assert artifacts.read_bytes(str(path)) == b"new"
+    else:
+        with pytest.raises(StorageError, match="Stale file handle") as caught:
+            artifacts.read_bytes(str(path))
+        assert caught.value.may_pass
+
+
+def test_a_name_that_nfs_remembers_as_missing_is_asked_for_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """As its client does it: what was missing stays missing until a directory above is opened."""
+    (tmp_path / "units").mkdir()
+    (tmp_path / "units" / "grid.json").touch()
+    really_exists, really_open, opened = os.path.exists, os.open, []
+    monkeypatch.setattr(os.path, "exists", lambda path: bool(opened) and really_exists(path))
+    monkeypatch.setattr(os, "open", lambda path, flags: opened.append(path) or really_open(path, flags))
+    assert artifacts.exists(str(tmp_path / "units" / "grid.json"))
+    assert opened == [str(tmp_path / "units")]
+    assert not artifacts.exists(str(tmp_path / "other" / "deep" / "grid.json"))
+    assert opened[-1] == str(tmp_path)
 
 
 def test_a_place_where_nothing_can_be_written_is_named(tmp_path: Path):

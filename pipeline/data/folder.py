@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.artifacts import sha256_of
-from pipeline.data.places import Files, file_system
+from pipeline.artifacts import file_system, sha256_of
+from pipeline.data.places import Files
 from pipeline.data.source import DataError, Row, RowGroups, RowPlace, Source
 
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")

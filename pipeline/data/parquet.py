@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs as arrow_fs
 
-from pipeline.artifacts import sha256_of
-from pipeline.data.places import Files, file_system
+from pipeline.artifacts import file_system, sha256_of, storage
+from pipeline.data.places import Files
 from pipeline.data.source import DataError, Row, RowPlace, Source, layout
 
 MAGIC = b"PAR1"
@@ -71,11 +71,11 @@ def read_footer(filesystem: arrow_fs.FileSystem, inner: str, path: str, size: in
 
 def open_parquet(files: Files, image_column: str, label_column: str) -> ParquetSource:
     """A source over Parquet files: reads every footer, in parallel, and nothing else."""
-    filesystem, inner = file_system(files.root)
 
     def footer(index: int) -> Footer:
-        name = f"{inner.rstrip('/')}/{files.names[index]}"
-        return read_footer(filesystem, name, files.path(index), files.sizes[index])
+        with storage(files.root) as (filesystem, inner):
+            name = f"{inner.rstrip('/')}/{files.names[index]}"
+            return read_footer(filesystem, name, files.path(index), files.sizes[index])
 
     with ThreadPoolExecutor(min(FOOTER_THREADS, len(files.names))) as threads:
         footers = list(threads.map(footer, range(len(files.names))))

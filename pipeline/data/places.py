@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from urllib.parse import unquote
 
-from pyarrow import ArrowInvalid
 from pyarrow import fs as arrow_fs
 
-from pipeline.artifacts import absolute, is_uri
+from pipeline.artifacts import BadAddress, absolute, is_uri, shown, storage
 from pipeline.data.source import DataError
 
 WILDCARDS = re.compile(r"[*?\[]")
@@ -27,25 +27,11 @@ class Files:
 
     def path(self, index: int) -> str:
         """For a reader of messages."""
-        return f"{self.root.partition('?')[0].rstrip('/')}/{self.names[index]}"
+        return shown(f"{self.root.partition('?')[0].rstrip('/')}/{self.names[index]}")
 
     def select(self, suffixes: tuple[str, ...]) -> Files:
         kept = [i for i, name in enumerate(self.names) if name.lower().endswith(suffixes)]
         return Files(self.root, tuple(self.names[i] for i in kept), tuple(self.sizes[i] for i in kept))
-
-
-def file_system(root: str) -> tuple[arrow_fs.FileSystem, str]:
-    """The file system of a path and the path inside it."""
-    if not is_uri(root):
-        return arrow_fs.LocalFileSystem(), root
-    try:
-        filesystem, inner = arrow_fs.FileSystem.from_uri(root)
-    except (ArrowInvalid, NotImplementedError) as error:
-        known = "s3://, gs://, abfs://, hdfs://, file://"
-        raise DataError(
-            f"{root}: {error}. Known: {known}, a local path, or hf:OWNER/NAME for the Hugging Face Hub."
-        ) from error
-    return filesystem, inner
 
 
 def find(path: str) -> Files:
@@ -53,24 +39,28 @@ def find(path: str) -> Files:
     count."""
     path = absolute(path)
     base, query = (path.partition("?")[::2]) if is_uri(path) else (path, "")
-    filesystem, inner = file_system(path)
-    info = filesystem.get_file_info(inner)
+    try:
+        with storage(path) as (filesystem, inner):
+            info = filesystem.get_file_info(inner)
+    except BadAddress as error:
+        known = "s3://, gs://, abfs://, hdfs://, file://"
+        raise DataError(f"{error} Known: {known}, a local path, or hf:OWNER/NAME for the Hugging Face Hub.") from error
     if info.type == arrow_fs.FileType.NotFound and WILDCARDS.search(base):  # a real `photos[1]` is no pattern
         return _glob(base, query)
     if info.type == arrow_fs.FileType.NotFound:
         raise DataError(
-            f"{path}: no such file or directory. Correct the path; relative ones start at the working directory."
+            shown(f"{path}: no such file or directory. Correct the path; relative ones start at the working directory.")
         )
     if info.type == arrow_fs.FileType.File:
-        directory, _, name = base.rpartition("/")
-        return Files(_with_query(directory or "/", query), (name,), (info.size,))
+        directory = base.rpartition("/")[0]
+        return Files(_with_query(directory or "/", query), (inner.rpartition("/")[2],), (info.size,))
     return _walk(path)
 
 
 def _walk(root: str) -> Files:
-    filesystem, inner = file_system(root)
-    inner = inner.rstrip("/")
-    infos = filesystem.get_file_info(arrow_fs.FileSelector(inner, recursive=True, allow_not_found=True))
+    with storage(root) as (filesystem, inner):
+        inner = inner.rstrip("/")
+        infos = filesystem.get_file_info(arrow_fs.FileSelector(inner, recursive=True, allow_not_found=True))
     found = sorted((info.path[len(inner) + 1 :], info.size) for info in infos if info.type == arrow_fs.FileType.File)
     found = [(name, size) for name, size in found if not any(part[0] in "._" for part in name.split("/"))]
     return Files(root, tuple(name for name, _ in found), tuple(size for _, size in found))
@@ -80,11 +70,12 @@ def _glob(base: str, query: str) -> Files:
     parts = base.split("/")
     first = next(i for i, part in enumerate(parts) if WILDCARDS.search(part))
     files = _walk(_with_query("/".join(parts[:first]) or "/", query))
-    pattern = re.compile(_translate("/".join(parts[first:])))
+    below = "/".join(parts[first:])
+    pattern = re.compile(_translate(unquote(below) if is_uri(base) else below))
     kept = [i for i, name in enumerate(files.names) if pattern.fullmatch(name)]
     if not kept:
         raise DataError(
-            f"{base}: no file matches. In a glob, * stays within one directory and ** goes through all below."
+            f"{shown(base)}: no file matches. In a glob, * stays within one directory and ** goes through all below."
         )
     return Files(files.root, tuple(files.names[i] for i in kept), tuple(files.sizes[i] for i in kept))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline import artifacts
 from pipeline.execution.coordinator import (
     Abort,
     Coordinator,
@@ -23,9 +24,9 @@ from pipeline.execution.coordinator import (
     Tick,
     Work,
 )
-from pipeline.execution.ledger import Reading, digest
+from pipeline.execution.ledger import Digest, Ledger, Reading, TornCommit, shapes_of
 from pipeline.execution.worker import Pass, UnitWorker
-from pipeline.saliency.exact import Grid, Magnitudes
+from pipeline.saliency.exact import ExactSums, Grid, Magnitudes
 
 
 class PassFailed(RuntimeError):
@@ -63,7 +64,7 @@ class PassResult:
     """What a pass over the data adds up to."""
 
     values: dict[str, Tensor]
-    """float64, and int64 for counts."""
+    """float64, and int64 for counts; empty if they were written to a file."""
     sha256: str
     """Over the exact integer sums: equal for any number of workers, any order, any failures."""
     rows: int
@@ -87,13 +88,16 @@ def run_pass(
     max_failures: int = 3,
     max_bad_fraction: float = 0.001,
     stride: int = 1,
+    into: str | None = None,
     on_progress: Callable[[int], None] = lambda rows: None,
+    on_lease: Callable[[int, float], None] = lambda units, seconds: None,
     on_warning: Callable[[str], None] = lambda text: None,
 ) -> PassResult:
     """Run every unit of `work` exactly once and return the exact sums; with a `stride` of data.units.STRIDES every `stride`-th unit.
 
-    Goes on from the commits that the ledger holds. `on_progress` is told the rows that are done, `on_warning` what went wrong and
-    was mended. Raises PassFailed when the pass cannot be completed.
+    Goes on from the commits that the ledger holds. `on_progress` is told the rows that are done, `on_lease` the units of a
+    committed lease and the seconds that its worker took, `on_warning` what went wrong and was mended. With `into` the sums go to that
+    safetensors file, piece by piece, and are never all in memory. Raises PassFailed when the pass cannot be completed.
     """
     started = time.monotonic()
     wanted = np.zeros(len(work.units), dtype=bool)
@@ -104,8 +108,8 @@ def run_pass(
         raise PassFailed(
             f"{work.ledger.directory} has commits, but no grid.json to read them by. Remove the directory."
         )
-    resumed, num_lost = int(reading.covered.sum()), 0
-    while (wanted & ~reading.covered).any() or reading.sums is None:
+    resumed, num_lost, totals = int(reading.covered.sum()), 0, None
+    while totals is None:
         if (wanted & ~reading.covered).any():
             for reason in reading.rejected:
                 on_warning(f"left out {reason}")
@@ -119,7 +123,8 @@ def run_pass(
             )
             left_out = int((~wanted & ~reading.covered).sum())
             most_bad = max_bad_fraction * work.units.num_rows / stride
-            _drive(coordinator, pool, work, len(reading.bad_rows), left_out, most_bad, on_progress, on_warning)
+            num_bad = len(reading.bad_rows)
+            _drive(coordinator, pool, work, num_bad, left_out, most_bad, on_progress, on_lease, on_warning)
             pool.finish()
             num_lost += coordinator.num_lost
             num_files, reading = reading.num_files, work.ledger.coverage()
@@ -128,16 +133,17 @@ def run_pass(
                     f"workers say they have committed all units to {work.ledger.directory}, but nothing new is there. Is --run-dir on "
                     "storage that all nodes share?"
                 )
-        else:  # all there by their headers; a commit whose sums turn out broken is done again
-            reading = work.ledger.read(grid)
-    assert reading.sums is not None
+            continue
+        try:  # all there by their headers; what turns out broken is done again
+            assert grid is not None
+            totals = _add_up(work.ledger, reading, grid, stride, into)
+        except TornCommit:
+            reading = work.ledger.coverage()
     _require_few_bad_rows(reading, max_bad_fraction * work.units.num_rows / stride)
-    # The ledger may hold a part of a larger sample, which an earlier start has begun.
-    sums = reading.sums if stride == 1 else reading.sums.sample(stride)
     return PassResult(
-        values=sums.values(),
-        sha256=digest(sums.totals),
-        rows=reading.rows if stride == 1 else int(sums.totals["rows"]),
+        values=totals.values,
+        sha256=totals.sha256,
+        rows=reading.rows if totals.rows is None else totals.rows,
         units=int(wanted.sum()),
         workers=pool.num_workers,
         seconds=time.monotonic() - started,
@@ -148,6 +154,41 @@ def run_pass(
         resumed_units=resumed,
         stride=stride,
     )
+
+
+@dataclass(frozen=True)
+class _Totals:
+    values: dict[str, Tensor]
+    sha256: str
+    rows: int | None
+    """Of a sample; the ledger may hold a part of a larger one, which an earlier start has begun."""
+
+
+def _add_up(ledger: Ledger, reading: Reading, grid: Grid, stride: int, into: str | None) -> _Totals:
+    """Raises TornCommit."""
+    identity, counted = Digest(), {}
+
+    def pieces() -> Iterator[dict[str, Tensor]]:
+        for sums in ledger.pieces(reading, grid):
+            chosen = sums if stride == 1 else sums.sample(stride)
+            identity.update(chosen.totals)
+            counted.update({name: int(total) for name, total in chosen.totals.items() if name == "rows"})
+            yield chosen.values()
+
+    values = {}
+    if into is None:
+        values = {name: value for piece in pieces() for name, value in piece.items()}
+    else:
+        shapes = {
+            name: torch.zeros(shape, dtype=torch.int64, device="meta")
+            for name, shape in shapes_of(reading.accepted).items()
+        }
+        whole = ExactSums(grid, shapes)
+        about = (whole if stride == 1 else whole.sample(stride)).values()
+        artifacts.write_parts(
+            into, artifacts.streamed_tensors(about, (item for piece in pieces() for item in piece.items()))
+        )
+    return _Totals(values, identity.hex(), None if stride == 1 else counted["rows"])
 
 
 def _begin(work: Pass, pool: Pool, grid: Grid | None) -> Grid:
@@ -169,13 +210,18 @@ def _drive(
     left_out: int,
     most_bad: float,
     on_progress: Callable[[int], None],
+    on_lease: Callable[[int, float], None],
     on_warning: Callable[[str], None],
 ) -> None:
     """Carry events to the coordinator and its decisions to the pool until it says it is finished, or too many rows are bad."""
+    given: dict[tuple[str, int], tuple[int, float]] = {}  # (worker, lease) -> units, and when
     while not coordinator.finished:
         for event in pool.events(timeout_s=1.0):
             if isinstance(event, Lost):
                 on_warning(f"worker {event.worker}: {event.cause}")
+            if isinstance(event, Done) and (event.worker, event.lease) in given:
+                num_units, since = given.pop((event.worker, event.lease))
+                on_lease(num_units, event.now - since)
             if isinstance(event, Done) and event.bad_rows:
                 num_bad += event.bad_rows
                 if num_bad > most_bad:  # by this count; what the ledger accepts decides
@@ -183,6 +229,7 @@ def _drive(
             for decision in coordinator.handle(event):
                 match decision:
                     case Work(worker, lease, units):
+                        given[worker, lease] = (len(units), event.now)
                         pool.assign(worker, lease, units)
                     case Spawn():
                         pool.spawn()

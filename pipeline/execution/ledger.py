@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import socket
 import uuid
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from pipeline import artifacts
 from pipeline.pruning.plan import ranges
-from pipeline.saliency.exact import ExactSums, Grid
+from pipeline.saliency.exact import ExactSums, Grid, base, order
 
 SUFFIX = ".safetensors"
 HEAD = 1 << 14
@@ -35,6 +37,10 @@ CHECKSUMS = "~crc32"
 """int64 [sums]: in the order of their names, which all come before this one."""
 READERS = 16
 """Headers that are read at the same time: on an object store each one is a wait of tens of milliseconds."""
+PIECE = 1 << 28
+"""Bytes of sums that are added up at a time."""
+GAP = 1 << 16
+"""Bytes between two ranges of a file that are read with them: cheaper than another request."""
 
 
 def format_ranges(units: Iterable[int]) -> str:
@@ -60,6 +66,13 @@ class Commit:
     bad_rows: tuple[dict[str, Any], ...] = ()
     name: str = ""
 
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return {name: tuple(total.shape) for name, total in self.totals.items()}
+
+    def read(self, names: Collection[str]) -> dict[str, Tensor]:
+        return {name: total for name, total in self.totals.items() if name in names}
+
     def parts(self, fingerprint: str) -> Iterator[bytes | memoryview]:
         """The bytes of its file, a safetensors file: a header that tells all but the sums, the sums, and last their checksums, which
         a second thread works out while the sums are being written."""
@@ -82,13 +95,26 @@ class Commit:
         yield from parts
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
+class Digest:
     """sha256 over names, shapes, types and bits: the identity of exact sums, or of weights. Tensors may share memory."""
-    state = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        state.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
-        state.update(artifacts.tensor_bytes(tensor))
-    return state.hexdigest()
+
+    def __init__(self) -> None:
+        self._state = hashlib.sha256()
+
+    def update(self, tensors: Mapping[str, Tensor]) -> None:
+        for name in sorted(tensors, key=order):
+            tensor = tensors[name]
+            self._state.update(f"{name}:{tuple(tensor.shape)}:{tensor.dtype};".encode())
+            self._state.update(artifacts.tensor_bytes(tensor))
+
+    def hex(self) -> str:
+        return self._state.hexdigest()
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    state = Digest()
+    state.update(tensors)
+    return state.hex()
 
 
 class ForeignDevice(RuntimeError):
@@ -104,6 +130,30 @@ class TornCommit(ValueError):
 
 
 @dataclass(frozen=True)
+class Layout:
+    """What a commit holds, in the order in which it lies in the file; commits that hold the same share it."""
+
+    shapes: dict[str, tuple[int, ...]]
+    starts: dict[str, int]
+    """Bytes from the first sum to each one; of the checksums, too."""
+    size: int
+
+    @classmethod
+    def of(cls, header: Mapping[str, Mapping[str, Any]]) -> Layout:
+        """Raises ValueError if tensors overlap, leave gaps or are no int64."""
+        starts, end = {}, 0
+        for name in sorted(header):
+            starts[name], shape = end, header[name]["shape"]
+            end += 8 * math.prod(shape)
+            if header[name]["dtype"] != "I64" or header[name]["data_offsets"] != [starts[name], end]:
+                raise ValueError(f"{name} does not lie where it was written")
+        shapes = {name: tuple(header[name]["shape"]) for name in starts}
+        if shapes.pop(CHECKSUMS, None) != (len(shapes),):
+            raise ValueError("it has no checksums")
+        return cls(shapes, starts, end)
+
+
+@dataclass(frozen=True)
 class StoredCommit:
     """A commit on storage: what its header says. Its sums are read when they are asked for."""
 
@@ -114,6 +164,7 @@ class StoredCommit:
     rows: int
     bad_rows: tuple[dict[str, Any], ...]
     fingerprint: str
+    layout: Layout = field(repr=False)
 
     @classmethod
     def open(cls, path: str, name: str, size: int) -> StoredCommit:
@@ -124,9 +175,9 @@ class StoredCommit:
             metadata = header.pop("__metadata__")
             if _header_crc32(metadata) != int(metadata["header_crc32"]):
                 raise ValueError("its header does not have the checksum that it names")
-            whole = start + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-            if size != whole:
-                raise ValueError(f"the file has {size} bytes, its header says {whole}")
+            layout = Layout.of(header)
+            if size != start + layout.size:
+                raise ValueError(f"the file has {size} bytes, its header says {start + layout.size}")
             return cls(
                 path=path,
                 name=name,
@@ -135,29 +186,48 @@ class StoredCommit:
                 rows=int(metadata["rows"]),
                 bad_rows=tuple(json.loads(metadata["bad_rows"])),
                 fingerprint=metadata["fingerprint"],
+                layout=layout,
             )
         except (LookupError, TypeError, ValueError) as error:
             raise TornCommit(name, str(error)) from error
 
     @property
-    def totals(self) -> dict[str, Tensor]:
-        """Raises TornCommit if a byte is wrong."""
-        found = {}
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        return self.layout.shapes
+
+    def read(self, names: Collection[str]) -> dict[str, Tensor]:
+        """Those of its sums that have such a name, each checked. Raises TornCommit if a byte is wrong."""
+        wanted = [name for name in self.layout.starts if name in names or name == CHECKSUMS]
+        found: dict[str, Tensor] = {}
         with artifacts.open_file(self.path) as file:
-            header, start = _header(file, self.size)
-            del header["__metadata__"]
-            crc32: dict[str, int] = {}
-            for key, tensor in header.items():
-                first, last = tensor["data_offsets"]
-                file.seek(start + first)
-                data = bytearray(file.read(last - first))
-                crc32[key] = zlib.crc32(data)
-                whole = torch.frombuffer(data, dtype=torch.int64) if data else torch.zeros(0, dtype=torch.int64)
-                found[key] = whole.reshape(tensor["shape"])
-        named = found.pop(CHECKSUMS)
-        if named.tolist() != [crc32[key] for key in sorted(found)]:
+            for run in self._runs(wanted):
+                first = self.layout.starts[run[0]]
+                file.seek(self.size - self.layout.size + first)
+                data = bytearray(file.read(self._end(run[-1]) - first))
+                if len(data) != self._end(run[-1]) - first:
+                    raise TornCommit(self.name, "the file has become shorter since its header was read")
+                for name in run:
+                    part = memoryview(data)[self.layout.starts[name] - first : self._end(name) - first]
+                    whole = torch.frombuffer(part, dtype=torch.int64) if part else torch.zeros(0, dtype=torch.int64)
+                    found[name] = whole.reshape(self.layout.shapes.get(name, (-1,)))
+        named = dict(zip(self.layout.shapes, found.pop(CHECKSUMS).tolist(), strict=True))
+        if any(named[name] != zlib.crc32(artifacts.tensor_bytes(total)) for name, total in found.items()):
             raise TornCommit(self.name, "its sums do not have the checksums that the file names")
         return found
+
+    def _end(self, name: str) -> int:
+        return self.layout.starts[name] + 8 * math.prod(self.layout.shapes.get(name, (len(self.layout.shapes),)))
+
+    def _runs(self, names: Sequence[str]) -> Iterator[list[str]]:
+        """Names whose sums lie side by side, or nearly so: each run is one request."""
+        run: list[str] = []
+        for name in names:
+            if run and self.layout.starts[name] - self._end(run[-1]) > GAP:
+                yield run
+                run = []
+            run.append(name)
+        if run:
+            yield run
 
 
 def _header_crc32(metadata: Mapping[str, str]) -> int:
@@ -182,16 +252,19 @@ def _header(file: Any, size: int) -> tuple[dict[str, Any], int]:
 
 @dataclass
 class Reading:
-    """What the accepted commits add up to."""
+    """Which commits count, and which units by them."""
 
     covered: np.ndarray
     """bool [num_units]: units that count."""
-    sums: ExactSums | None
+    accepted: list[Commit | StoredCommit] = field(default_factory=list)
     rows: int = 0
     bad_rows: list[dict[str, Any]] = field(default_factory=list)
-    commits: int = 0
     rejected: list[str] = field(default_factory=list)
     """Files left out, each with its reason."""
+
+    @property
+    def commits(self) -> int:
+        return len(self.accepted)
 
     @property
     def num_files(self) -> int:
@@ -202,9 +275,9 @@ class Reading:
         return np.flatnonzero(~self.covered).tolist()
 
 
-def accept(commits: Iterable[Commit | StoredCommit], num_units: int, grid: Grid | None) -> Reading:
+def accept(commits: Iterable[Commit | StoredCommit], num_units: int) -> Reading:
     """Take commits in the given order as long as they share no unit with one taken before."""
-    reading = Reading(np.zeros(num_units, dtype=bool), ExactSums(grid) if grid else None)
+    reading = Reading(np.zeros(num_units, dtype=bool))
     for commit in commits:
         ids = np.asarray(commit.units, dtype=np.int64)
         if ids.size == 0 or ids.min() < 0 or ids.max() >= num_units:
@@ -216,10 +289,59 @@ def accept(commits: Iterable[Commit | StoredCommit], num_units: int, grid: Grid 
             reading.covered[ids] = True
             reading.rows += commit.rows
             reading.bad_rows.extend(commit.bad_rows)
-            reading.commits += 1
-            if reading.sums is not None:
-                reading.sums.merge(commit.totals)
+            reading.accepted.append(commit)
     return reading
+
+
+def shapes_of(commits: Iterable[Commit | StoredCommit]) -> dict[str, tuple[int, ...]]:
+    """Of all sums that any of the commits has, in the order in which `pieces` come to them."""
+    found = {name: shape for commit in commits for name, shape in commit.shapes.items()}
+    return {name: found[name] for name in sorted(found, key=order)}
+
+
+def pieces(commits: Sequence[Commit | StoredCommit], grid: Grid, size: int = PIECE) -> Iterator[ExactSums]:
+    """The sums over all commits, about `size` bytes at a time: those of a network's weights need not fit into memory at once.
+
+    What makes up one value comes in one piece.
+
+    Raises:
+        TornCommit: the sums of a commit are not those that were written.
+    """
+    names: list[str] = []
+    held = 0
+    for name, shape in shapes_of(commits).items():
+        needed = 8 * math.prod(shape)
+        if names and held + needed > size and base(name) != base(names[-1]):
+            yield _piece(commits, grid, names, depth=max(1, min(READERS, size // max(held, 1))))
+            names, held = [], 0
+        names.append(name)
+        held += needed
+    yield _piece(commits, grid, names, depth=max(1, min(READERS, size // max(held, 1))))
+
+
+def _piece(commits: Iterable[Commit | StoredCommit], grid: Grid, names: Sequence[str], depth: int) -> ExactSums:
+    sums = ExactSums(grid)
+    for totals in _read_ahead(commits, frozenset(names), depth):
+        sums.merge(totals)
+    return sums
+
+
+def _read_ahead(
+    commits: Iterable[Commit | StoredCommit], names: frozenset[str], depth: int
+) -> Iterator[dict[str, Tensor]]:
+    """The sums of each commit in order, `depth` of them being read at the same time."""
+    with ThreadPoolExecutor(depth) as readers:
+        waiting: deque[Future[dict[str, Tensor]]] = deque()
+        try:
+            for commit in commits:
+                waiting.append(readers.submit(commit.read, names))
+                if len(waiting) == depth:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
 
 
 class Ledger:
@@ -235,6 +357,8 @@ class Ledger:
         self.directory = directory
         self.num_units = num_units
         self.fingerprint = fingerprint
+        self._torn: dict[str, str] = {}
+        """Commits whose header is whole and whose sums are not, with the reason: seen when they are added up."""
 
     # Grid -----------------------------------------------------------------------------------------------------------
 
@@ -287,29 +411,25 @@ class Ledger:
     def coverage(self) -> Reading:
         """Which units count, from the headers of the commits: the sums stay where they are."""
         stored, torn = self._stored()
-        reading = accept(stored, self.num_units, grid=None)
+        reading = accept(stored, self.num_units)
         reading.rejected += torn
         return reading
 
-    def read(self, grid: Grid | None) -> Reading:
-        """The accepted commits and, on a grid, their sums: in memory are the sums and one commit."""
-        stored, torn = self._stored()
-        while True:
-            try:
-                reading = accept(stored, self.num_units, grid)
-            except (
-                TornCommit
-            ) as error:  # its header was whole, its sums are not: another one may now be accepted in its place
-                stored = [commit for commit in stored if commit.name != error.name]
-                torn.append(str(error))
-                continue
-            reading.rejected += torn
-            return reading
+    def pieces(self, reading: Reading, grid: Grid) -> Iterator[ExactSums]:
+        """What the accepted commits add up to, see `pieces`. After a TornCommit `coverage` leaves that commit out, and may take another
+        one in its place."""
+        try:
+            yield from pieces(reading.accepted, grid)
+        except TornCommit as error:
+            self._torn[error.name] = str(error)
+            raise
 
     def _stored(self) -> tuple[list[StoredCommit], list[str]]:
         """Whole commits in the order of their names, and why others are not."""
         sizes = {
-            name: size for name, size in artifacts.list_sizes(self.directory).items() if name.startswith("commit-")
+            name: size
+            for name, size in artifacts.list_sizes(self.directory).items()
+            if name.startswith("commit-") and name not in self._torn
         }
 
         def look(name: str) -> StoredCommit | TornCommit:
@@ -320,7 +440,11 @@ class Ledger:
 
         with ThreadPoolExecutor(READERS) as readers:
             found = list(readers.map(look, sizes))
-        whole = [commit for commit in found if isinstance(commit, StoredCommit)]
-        for commit in whole:
-            self._require_own(commit.fingerprint, commit.path)
-        return whole, [str(error) for error in found if isinstance(error, TornCommit)]
+        layouts: dict[tuple[Any, ...], Layout] = {}
+        whole = []
+        for commit in found:
+            if isinstance(commit, StoredCommit):
+                self._require_own(commit.fingerprint, commit.path)
+                layout = layouts.setdefault((*commit.shapes.items(),), commit.layout)
+                whole.append(replace(commit, layout=layout))
+        return whole, [*self._torn.values(), *(str(error) for error in found if isinstance(error, TornCommit))]

@@ -62,6 +62,11 @@ def base(name: str) -> str:
     return re.sub(rf"({STRIDE}\d+)?({COARSE})?$", "", name)
 
 
+def order(name: str) -> tuple[str, str]:
+    """Sort key under which the totals that belong together stand together."""
+    return base(name), name
+
+
 @dataclass(frozen=True)
 class Grid:
     """Fixed-point grids: value = integer * 2^-exponent."""
@@ -157,9 +162,9 @@ class ExactSums:
     Totals live where their addends do, a GPU or the CPU.
     """
 
-    def __init__(self, grid: Grid) -> None:
+    def __init__(self, grid: Grid, totals: Mapping[str, Tensor] | None = None) -> None:
         self.grid = grid
-        self.totals: dict[str, Tensor] = {}
+        self.totals: dict[str, Tensor] = {**(totals or {})}
         self._addends_left = 1 << (SUM_BITS - grid.addend_bits)
 
     def add(
@@ -226,7 +231,7 @@ class ExactSums:
     def values(self) -> dict[str, Tensor]:
         """The sums: float64, int64 for counts."""
         values: dict[str, Tensor] = {}
-        for name, total in sorted(self.totals.items()):  # a statistic stands before its coarse part
-            fine, value = name.removesuffix(COARSE), self.grid.value(name, total)
+        for name in sorted(self.totals, key=order):  # a statistic stands before its coarse part
+            fine, value = name.removesuffix(COARSE), self.grid.value(name, self.totals[name])
             values[fine] = values[fine] + value if fine in values else value
         return values

@@ -22,7 +22,7 @@ from pipeline.saliency import criteria
 from pipeline.saliency.channel_rules import Saliency, standard_error
 from pipeline.saliency.criteria import Rule
 from pipeline.saliency.curvature import CURVATURE_KINDS
-from pipeline.saliency.statistics import INPUT_KINDS, TRAINING_KINDS, WEIGHT_KINDS, GateStatistics, at_stride
+from pipeline.saliency.statistics import INPUT_KINDS, TRAINING_KINDS, WEIGHT_KINDS, GateStatistics, at_stride, by_group
 from pipeline.training.policies import scope_after
 
 STORED = {"weights": WEIGHT_KINDS, "inputs": INPUT_KINDS, "curvature": CURVATURE_KINDS}
@@ -128,7 +128,7 @@ def statistics(run: Run) -> dict[str, Tensor]:
     for name in ("statistics", "curvature"):
         path = run.path("saliency", f"{name}.safetensors")
         if artifacts.exists(path):
-            found = {**artifacts.read_tensors(path), **found}  # the first pass counts the rows
+            found = {**by_group(run.graph(), artifacts.read_tensors(path)), **found}  # the first pass counts the rows
     for name in dict.fromkeys(("dense", run.parent)):
         path = run.path("networks", f"{name}-statistics.safetensors")
         if artifacts.exists(path):

@@ -317,7 +317,7 @@ def test_a_budget_of_parameters_says_what_a_pattern_keeps(tmp_path: Path, patter
 
 
 def test_channels_and_weights_are_judged_and_cut_as_sparsify_left_them(tmp_path: Path):
-    sparsify = SparsifyConfig.model_construct(epochs=1, method=("l1",))
+    sparsify = SparsifyConfig.model_construct(epochs=1, method=("l1_prox",))
     masks = MasksConfig(pattern="unstructured", keep=0.5, criterion="magnitude")
     run = Run(at(tmp_path, masks=masks).config.model_copy(update={"sparsify": sparsify}))
     stages.dense(run)
@@ -339,7 +339,9 @@ def test_channels_and_weights_are_judged_and_cut_as_sparsify_left_them(tmp_path:
 
 
 def test_a_branch_that_cuts_the_dense_weights_takes_nothing_of_sparse_ones(tmp_path: Path):
-    old = at(tmp_path).config.model_copy(update={"sparsify": SparsifyConfig.model_construct(epochs=1, method=("l1",))})
+    old = at(tmp_path).config.model_copy(
+        update={"sparsify": SparsifyConfig.model_construct(epochs=1, method=("l1_prox",))}
+    )
     other = {"run_dir": str(tmp_path / "new"), "sparsify": SparsifyConfig()}
     old_run, new_run = Run(old), Run(old.model_copy(update=other))
     for stage in ("dense", "trace", "sparsify"):
