@@ -3,6 +3,12 @@
 Checkpoints are our own, in the run directory: a worker group that starts again finds the newest there, whatever died.
 Ray's own storage therefore holds nothing that matters; it is a scratch directory, so that no state of an earlier run
 is found in it.
+
+The group is elastic (`ScalingConfig(num_workers=(1, n))`): Ray Train counts how many workers the nodes could hold, by their whole
+resources, and starts, restarts and resizes the group with so many; each time the loop goes on from the newest checkpoint, with the
+same global batches. Its view of the cluster is up to 20 s old. So after the death of a node the first new group may wait for room
+that has gone with it; that ends after START_TIMEOUT_S, and the next one is smaller. While it runs, a group is made larger every
+RESIZE_EVERY_S at most, for each time costs a start and what was done since the last checkpoint.
 """
 
 from __future__ import annotations
@@ -31,7 +37,8 @@ from torch import nn
 
 from pipeline import artifacts
 from pipeline.execution import metrics
-from pipeline.execution.pool import is_fatal
+from pipeline.execution.pool import is_fatal, nodes_for_workers, worker_resources
+from pipeline.training import checkpoint
 from pipeline.training.loop import Batches, OnProgress, Record, TrainResult, train
 from pipeline.training.policy import MakePolicy
 from pipeline.training.settings import TrainSettings
@@ -39,12 +46,16 @@ from pipeline.training.settings import TrainSettings
 FINAL, STATISTICS, METRICS = "final.safetensors", "statistics.safetensors", "metrics.jsonl"
 REPORT_EVERY_S = 2.0  # Ray's controller takes one report per worker every two seconds; more would make training wait
 COLLECTIVE_TIMEOUT_S = 600
-START_FAILURES = 3  # worker groups that may fail to start; Ray's default would try for ever
+START_TIMEOUT_S = 30  # for resources that nodes seem to have; the start of processes on them, and imports, do not count
+START_FAILURES = 30  # worker groups that may find no room: each death of a node may cost one. Ray's default has no end
+RESIZE_EVERY_S = 60
 ENVIRONMENT = {
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",  # a cold node imports torch for longer than Ray's 60 s
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_S),
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # its notices would only be logged: checkpoints cover a preemption
     "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths mean in a worker what they mean in the driver
 }
+
+logger = logging.getLogger(__name__)
 
 MakeBatches = Callable[[int, int], Batches]
 """(rank, number of workers) -> this rank's share of the global batches. Called in the worker; must be picklable."""
@@ -85,7 +96,7 @@ def fit(
     max_failures: int = 3,
     on_progress: OnProgress | None = None,
 ) -> TrainResult:
-    """Train with `num_workers` workers on the connected cluster, or go on with what is in `directory`.
+    """Train with up to `num_workers` workers on the connected cluster, or go on with what is in `directory`.
 
     There it leaves step-*.pt (checkpoints), metrics.jsonl (the history, for people and plots) and final.safetensors.
 
@@ -93,9 +104,10 @@ def fit(
         model, teacher, settings, steps_per_epoch, policies, fingerprint: see `training.loop.train`.
         make_batches: gives each worker its share of the data.
         directory: of this training; local path or URI, shared by all nodes.
-        num_workers: each with one GPU (`use_gpu`) and `threads` CPUs, which must be free: close other workers before.
-        max_failures: deaths of workers before giving up. Errors that would come again (bad input, a bug, a loss that
-            is NaN) are raised at once, as themselves.
+        num_workers: each with one GPU (`use_gpu`) and `threads` CPUs, which must be free: close other workers before. Where nodes
+            have room for fewer, now or after a death, fewer train, and more again once there is room.
+        max_failures: deaths of workers without a new checkpoint between them before giving up. Errors that would come
+            again (bad input, a bug, a loss that is NaN) are raised at once, as themselves.
         on_progress: called in a thread of the driver with the history, about every two seconds while it grows.
 
     Raises:
@@ -103,24 +115,34 @@ def fit(
         TrainingDiverged, StaleArtifact, and whatever the workers themselves raise.
     """
     directory = artifacts.absolute(directory)
+    device = "cuda" if use_gpu else "cpu"
+    room = sum(nodes_for_workers(device, threads).values())
+    if room < num_workers:
+        what = "the nodes have room for %d of %d training workers: it %s"
+        logger.warning(what, room, num_workers, "begins with these, and grows" if room else "waits for nodes")
     job = ray.put(
         _Job(model, teacher, make_batches, settings, policies, steps_per_epoch, fingerprint, directory, threads)
     )
-    resources = {"CPU": threads, "GPU": 1} if use_gpu else {"CPU": threads}
+    resources = worker_resources(device, threads)
     with tempfile.TemporaryDirectory(prefix="ray-train-") as scratch, _environment(), _watched(directory, on_progress):
         # Type checkers see Train V1 behind `ray.train`; what runs is V2.
         trainer = TorchTrainer(
             _work,  # type: ignore[arg-type]
             train_loop_config={"job": job},
-            scaling_config=ScalingConfig(num_workers=num_workers, use_gpu=use_gpu, resources_per_worker=resources),
+            scaling_config=ScalingConfig(
+                num_workers=(1, num_workers) if num_workers > 1 else 1,  # type: ignore[arg-type]
+                use_gpu=use_gpu,
+                resources_per_worker=resources,
+                elastic_resize_monitor_interval_s=RESIZE_EVERY_S,  # type: ignore[call-arg]
+            ),
             run_config=RunConfig(
                 name=artifacts.short(fingerprint) or "training",
                 storage_path=scratch,
                 failure_config=FailureConfig(
-                    max_failures=max_failures,
+                    max_failures=-1,  # counted by the callback
                     controller_failure_limit=START_FAILURES,  # type: ignore[call-arg]
                 ),
-                callbacks=[_StopAtFatalErrors()],  # type: ignore[list-item]
+                callbacks=[_Failures(directory, max_failures)],  # type: ignore[list-item]
                 # Its own lines would bury the progress.
                 logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
             ),
@@ -187,7 +209,7 @@ class _Reporter:
             try:
                 self.write(history)
             except artifacts.StorageError as error:  # for people and plots: not worth the training
-                logging.getLogger(__name__).warning("metrics are not written: %s", error)
+                logger.warning("metrics are not written: %s", error)
             metrics.gauge("pruning_training_loss", record["loss"])
             metrics.gauge("pruning_training_rows_per_second", record["rows_per_s"])
             if "zeros" in record:
@@ -203,13 +225,23 @@ class _Reporter:
 # --- in the controller ------------------------------------------------------------------------------------------------
 
 
-class _StopAtFatalErrors(UserCallback):
-    """Ray Train retries every error of a worker alike; one that would come again ends the run here instead."""
+class _Failures(UserCallback):
+    """Ray Train retries every error of a worker alike, and counts them over the whole run. Here an error that would come again ends
+    the run at once, and deaths count only while no new checkpoint comes between them: spot nodes may go as often as they like."""
+
+    def __init__(self, directory: str, max_failures: int) -> None:
+        self.directory, self.max_failures = directory, max_failures
+        self.step, self.count = -1, 0
 
     def after_exception(self, run_context: Any, worker_exceptions: dict[int, Exception]) -> None:
         for _, error in sorted(worker_exceptions.items()):
             if is_fatal(error):
                 raise error
+        step = max(checkpoint.steps_in(self.directory), default=0)
+        self.step, self.count = step, self.count + 1 if step == self.step else 1
+        if self.count > self.max_failures:
+            last = "; ".join(f"rank {rank}: {_first_line(e)}" for rank, e in sorted(worker_exceptions.items()))
+            raise TrainingFailed(f"workers failed {self.count} times at step {step}, the last time {last}")
 
 
 # --- in the driver ----------------------------------------------------------------------------------------------------
@@ -220,7 +252,9 @@ def _clear_error(
 ) -> BaseException:
     if isinstance(error, ControllerError) and is_fatal(error.controller_failure):
         return error.controller_failure
-    if isinstance(error, WorkerGroupError):
+    if isinstance(error, ControllerError) and isinstance(error.controller_failure, TrainingFailed):
+        what = str(error.controller_failure)
+    elif isinstance(error, WorkerGroupError):
         first_lines = {rank: _first_line(e) for rank, e in sorted(error.worker_failures.items())}
         last = "; ".join(f"rank {rank}: {line}" for rank, line in first_lines.items())
         what = f"workers failed too often; the last time {last}"

@@ -2,7 +2,10 @@
 
 A step is one global batch. Each rank computes its share, and the shares may be unequal: every rank scales its loss so
 that the averaged gradient is that of the mean over the global batch. Batch-norm statistics are those of rank 0,
-broadcast by DDP before each forward; exact ones over all rows come from `training.calibrate`.
+broadcast before each forward; exact ones over all rows come from `training.calibrate`.
+
+Each rank holds the whole network (DDP), or `shard_over` of them hold one together (FSDP2, `training.sharding`): the same steps, checkpoints
+that the other can go on from, and sums that round differently.
 
 With the same number of workers, a resumed run equals the undisturbed one bit for bit: on CPUs with the same number of
 threads, on GPUs if the caller also asks for deterministic kernels (`torch.use_deterministic_algorithms`). With another
@@ -19,12 +22,14 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
+from pipeline import artifacts
 from pipeline.training import checkpoint
 from pipeline.training.policy import MakePolicy, Policies, Training, require_agreement, require_zeros, shares_of_zeros
 from pipeline.training.schedule import build_ema, build_optimizer, build_schedule, sum_of_rates
 from pipeline.training.settings import TrainSettings
+from pipeline.training.sharding import Network, on_rows, require_rows, together, write_result
 from pipeline.training.step import Learner, mixed_seed
 
 Record = dict[str, Any]
@@ -55,7 +60,7 @@ class TrainResult:
     """What a finished run leaves."""
 
     state_dict: dict[str, Tensor]
-    """On the CPU: the averaged weights if ema_decay > 0, else the last. On rank 0; empty on the others."""
+    """On the CPU: the averaged weights if ema_decay > 0, else the last. On rank 0; empty on the others, and if they went to a file."""
     history: list[Record]
     resumed_from: int
     """Step of the checkpoint that this call went on from; 0 for a fresh start."""
@@ -64,8 +69,8 @@ class TrainResult:
 
 
 def train(
-    model: nn.Module,
-    teacher: nn.Module | None,
+    model: Network,
+    teacher: Network | None,
     batches: Batches,
     settings: TrainSettings,
     *,
@@ -73,22 +78,28 @@ def train(
     policies: Sequence[MakePolicy] = (),
     rank: int = 0,
     world_size: int = 1,
+    shard_over: int = 1,
     device: torch.device | None = None,
     checkpoint_dir: str | None = None,
+    result_path: str | None = None,
     fingerprint: str = "",
     on_progress: OnProgress | None = None,
 ) -> TrainResult:
     """Train a copy of `model`, from the newest checkpoint in `checkpoint_dir` if there is one.
 
     Args:
-        model: is not changed.
+        model: is not changed. A `Stored` one is read from its file, in a sharded training by each rank its own rows.
         teacher: followed with weight settings.distill_weight, in eval mode and without gradients; is not changed.
         batches: this rank's share of each global batch.
         steps_per_epoch: the same on every rank; `batches` must yield exactly so many.
         policies: penalties, gates and masks, see `training.policy`.
         rank, world_size: above 1 worker the process group (gloo or nccl) exists already.
+        shard_over: ranks that hold one network together, of policies with `Masked` at most; 1: each holds its own. Batches and
+            results are the same.
         device: CPU by default. Threads are the caller's choice (`torch.set_num_threads`).
         checkpoint_dir: local path or URI that every rank can read; rank 0 writes. None: no checkpoints.
+        result_path: safetensors file for the final weights, local path or URI, written tensor by tensor instead of being returned;
+            the fingerprint is in its metadata.
         fingerprint: of everything that the run is made from besides the settings: model, plan, data, policies.
         on_progress: called at the same steps on every rank, with the same values.
 
@@ -100,7 +111,8 @@ def train(
     if device.type == "cuda":
         device = torch.device("cuda", torch.cuda.current_device()) if device.index is None else device
         torch.cuda.set_device(device)  # nccl's object collectives use the current one
-    learner = Learner(model, teacher, settings, world_size, device)
+    require_rows(policies, shard_over)
+    learner = Learner(model, teacher, settings, world_size, device, shard_over)
     identity = {"fingerprint": fingerprint, "steps_per_epoch": steps_per_epoch, "settings": settings.identity()}
     # The caller's random numbers go on as if nothing had been drawn here.
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -116,7 +128,7 @@ def train(
             if run.at_checkpoint():
                 run.save()
         statistics = run.policy.statistics() if rank == 0 else {}
-        return TrainResult(run.final_state(), run.history, run.resumed_from, statistics)
+        return TrainResult(run.final_state(result_path), run.history, run.resumed_from, statistics)
 
 
 class _Run:
@@ -153,9 +165,12 @@ class _Run:
         training = Training(
             learner.model, self.optimizer, self.num_steps, lr_sum, rank, learner.world_size, settings.seed
         )
+        if learner.sharded is not None:
+            policies = on_rows(policies, learner.sharded)
         self.policy = Policies([make(training) for make in policies])
-        # Only rank 0 averages: it is the one that writes, and the batch-norm statistics are its own.
-        self.ema = build_ema(learner.model, settings.ema_decay) if settings.ema_decay > 0 and rank == 0 else None
+        # Only rank 0 averages what it has whole: it is the one that writes, and the batch-norm statistics are its own.
+        averages = settings.ema_decay > 0 and (rank == 0 or learner.sharded is not None)
+        self.ema = build_ema(learner.model, settings.ema_decay) if averages else None
         self.step = 0
         self.resumed_from = 0
         self.history: list[Record] = []
@@ -192,7 +207,7 @@ class _Run:
         self.pending.append(self.learner.backward(images, labels))
         self.policy.after_backward(self.step)
         if self.settings.clip_grad_norm is not None:
-            nn.utils.clip_grad_norm_(self.learner.model.parameters(), self.settings.clip_grad_norm)
+            self.learner.clip_grad_norm_(self.settings.clip_grad_norm)
         self.optimizer.step()
         self.policy.after_update(self.step, self._lr())
         self.step += 1
@@ -236,7 +251,11 @@ class _Run:
     def _sparsity(self) -> Record:
         if not self.policy.parts:
             return {}
-        (zeros, _), layers = shares_of_zeros(dict(self.learner.model.named_parameters()), self.policy.masks())
+        masks, sharded = self.policy.masks(), self.learner.sharded
+        if sharded is not None:
+            (zeros, _), layers = sharded.shares_of_zeros(masks)
+        else:
+            (zeros, _), layers = shares_of_zeros(dict(self.learner.model.named_parameters()), masks)
         return {**self.policy.figures(), "zeros": zeros, "layers": layers}
 
     def _lr(self) -> float:
@@ -266,16 +285,17 @@ class _Run:
         return self.step % self.settings.checkpoint_every_steps == 0 or self.step == self.num_steps
 
     def save(self) -> None:
-        """All ranks take part: each gives its random state, rank 0 writes."""
+        """All ranks take part: each gives its random state, and its rows if it has no more; rank 0 writes the rest."""
         assert self.checkpoint_dir is not None
+        sharded = self.learner.sharded
         self._check_finite()
-        self.policy.require_zeros()
+        self._together(self.policy.require_zeros)
         require_agreement(self.policy.shared(), self.rank, self.world_size)
         random_states: list[Any] = [self.learner.random_state()]
         if self.world_size > 1:
             random_states = [None] * self.world_size
             dist.all_gather_object(random_states, self.learner.random_state())
-        if self.rank != 0:
+        if self.rank != 0 and sharded is None:
             return
         epoch, start_step = divmod(self.step, self.steps_per_epoch)
         state = {
@@ -290,13 +310,28 @@ class _Run:
             "random_states": random_states,
             "history": self.history,
         }
-        checkpoint.save(self.checkpoint_dir, state)
+        if sharded is None:
+            checkpoint.save(self.checkpoint_dir, state)
+        else:
+            spread = sharded.spread_state(state, self._names())
+            checkpoint.save_sharded(self.checkpoint_dir, spread, self.rank, self.world_size)
+
+    def _names(self) -> list[str]:
+        """Of the parameters by their numbers in the optimizer's state."""
+        names = {id(parameter): name for name, parameter in self.learner.model.named_parameters()}
+        return [names[id(parameter)] for group in self.optimizer.param_groups for parameter in group["params"]]
+
+    def _together(self, work: Callable[[], Any]) -> Any:
+        """In a sharded training an error of one rank is raised on all."""
+        return work() if self.learner.sharded is None else together(work, self.world_size)
 
     def resume(self) -> None:
         """Go on from the newest checkpoint, if there is one."""
         state = None if self.checkpoint_dir is None else self._agreed_state(self.checkpoint_dir)
         if state is None:
             return
+        if self.learner.sharded is not None:
+            state = self.learner.sharded.take_state(state, self._names())
         self.step = self.resumed_from = state["step"]
         self.learner.model.load_state_dict(state["model"])
         if self.ema is not None:
@@ -313,11 +348,12 @@ class _Run:
 
     def _agreed_state(self, directory: str) -> dict[str, Any] | None:
         """Rank 0 chooses: all ranks go on from the same checkpoint, or raise the same error instead of waiting."""
+        place = None if self.learner.sharded is None else self.learner.sharded.empty
         state: dict[str, Any] | None = None
         message: list[Any] = [None, None]  # path, error
         if self.rank == 0:
             try:
-                found = checkpoint.newest(directory, self.identity)
+                found = checkpoint.newest(directory, self.identity, place)
                 message[0], state = found or (None, None)
             except (ValueError, OSError) as error:
                 message[1] = error
@@ -326,13 +362,28 @@ class _Run:
         path, failure = message
         if failure is not None:
             raise failure
-        return state if self.rank == 0 or path is None else checkpoint.load(path)
+        if path is None:
+            return None
+        return self._together(lambda: state if self.rank == 0 else checkpoint.load(path, place))
 
-    def final_state(self) -> dict[str, Tensor]:
+    def final_state(self, path: str | None) -> dict[str, Tensor]:
+        """The result, which goes to `path` if there is one."""
         self._check_finite()
-        if self.rank != 0:
+        sharded = self.learner.sharded
+        if self.rank != 0 and sharded is None:
             return {}
         source = self.learner.model if self.ema is None else self.ema.module
         self.policy.settle_(source)
-        require_zeros(dict(source.named_parameters()), self.policy.masks())
-        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in source.state_dict().items()}
+        self._together(lambda: require_zeros(dict(source.named_parameters()), self.policy.masks()))
+        metadata = {"fingerprint": str(self.identity["fingerprint"])}
+        if sharded is not None:
+            if path is not None:
+                self._together(lambda: write_result(path, sharded, source, metadata, self.rank))
+                return {}
+            state = {name: tensor for name, tensor in sharded.state_of(source) if self.rank == 0}
+        else:
+            state = source.state_dict()
+            if path is not None:
+                artifacts.write_parts(path, artifacts.tensor_parts(state, metadata))
+                return {}
+        return {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}

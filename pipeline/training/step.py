@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 
 import numpy as np
@@ -13,18 +12,23 @@ from torch.nn.parallel import DistributedDataParallel
 
 from pipeline.training.distillation import student_loss
 from pipeline.training.settings import TrainSettings
+from pipeline.training.sharding import Network, Sharded, build_mesh, explained, whole
 
 
 class Learner:
-    """A copy of the model in training on this rank, with its teacher: gradients, but no optimizer and no files."""
+    """A copy of the model in training on this rank, with its teacher: gradients, but no optimizer and no files.
+
+    `model` has what is trained on this rank: the network, or in a sharded training its rows.
+    """
 
     def __init__(
         self,
-        model: nn.Module,
-        teacher: nn.Module | None,
+        model: Network,
+        teacher: Network | None,
         settings: TrainSettings,
         world_size: int,
         device: torch.device,
+        shard_over: int = 1,
     ) -> None:
         if settings.distill_weight > 0 and teacher is None:
             raise ValueError(
@@ -32,11 +36,25 @@ class Learner:
             )
         self.settings, self.world_size, self.device = settings, world_size, device
         self.format = settings.memory_format
-        self.model = copy.deepcopy(model).to(device).to(memory_format=self.format).train()
+        if settings.distill_weight == 0:
+            teacher = None
+        self.model: nn.Module
         self.teacher: nn.Module | None = None
-        if teacher is not None and settings.distill_weight > 0:
-            self.teacher = copy.deepcopy(teacher).to(device).to(memory_format=self.format).eval()
+        self.sharded: Sharded | None = None
         self._replica: nn.Module | None = None
+        mesh = build_mesh(shard_over, world_size, device)
+        if mesh is None:
+            self.model = self._held(model).train()
+            self.teacher = None if teacher is None else self._held(teacher).eval()
+            return
+        self.sharded = Sharded(model, mesh, device)
+        self.model = self.sharded.rows.train()
+        self._replica = self.sharded.replica.train()
+        if teacher is not None:
+            self.teacher = Sharded(teacher, mesh, device, trains=False).replica.eval()
+
+    def _held(self, network: Network) -> nn.Module:
+        return whole(network).to(self.device).to(memory_format=self.format)
 
     def to_device(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
@@ -58,18 +76,29 @@ class Learner:
         if self.world_size > 1:
             dist.all_reduce(global_rows)
         global_rows.clamp_(min=1)  # a step whose rows were all bad has a gradient of zero, not of NaN
-        loss = self._loss(replica, images, labels)
-        # DDP averages over the ranks. A rank's mean must count by its rows, not by its being one of the ranks.
+        # DDP and FSDP average over the ranks. A rank's mean must count by its rows, not by its being one of the ranks.
         share = rows * self.world_size / global_rows
-        (loss * share.to(loss.dtype)).backward()
+        if self.sharded is None:
+            loss = self._loss(replica, images, labels)
+            (loss * share.to(loss.dtype)).backward()
+        else:
+            self.sharded.send_buffers_()
+            with explained():
+                loss = self._loss(replica, images, labels)
+                (loss * share.to(loss.dtype)).backward()
+            self.sharded.take_gradients_()
         return torch.stack([loss.detach().double() * rows, rows])
 
     def _loss(self, replica: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
         """Mean over this rank's rows. Without rows a zero, which joins every collective and touches no statistics."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.settings.uses_bf16(self.device)):
             if len(images) == 0:
-                logits = replica.eval()(images.new_zeros(1, *images.shape[1:]))
+                row = images.new_zeros(1, *images.shape[1:])
+                logits = replica.eval()(row)
                 replica.train()
+                if self.sharded is not None and self.teacher is not None:
+                    with torch.no_grad():
+                        self.teacher(row)  # its weights are gathered by all ranks
                 return logits.float().sum() * 0
             logits = replica(images)
             with torch.no_grad():
@@ -109,8 +138,16 @@ class Learner:
             buffer.copy_(before)
         return replica
 
+    def clip_grad_norm_(self, max_norm: float) -> None:
+        if self.sharded is not None:
+            self.sharded.clip_grad_norm_(max_norm)
+        else:
+            nn.utils.clip_grad_norm_(self.model.parameters(), max_norm)
+
     def nonfinite_parameter(self) -> str | None:
         """Name of the first parameter with NaN or Inf; the same on every rank."""
+        if self.sharded is not None:
+            return self.sharded.nonfinite_parameter()
         finite = torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()])
         if bool(finite.all()):
             return None
