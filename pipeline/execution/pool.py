@@ -10,10 +10,12 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
 import torch
+from ray._private.state import state as cluster_state
 from ray.exceptions import (
     NodeDiedError,
     ObjectLostError,
@@ -51,6 +53,14 @@ def is_fatal(error: BaseException | None) -> bool:
 
 LOOK_EVERY_S = 5.0
 """How often a growing pool asks the cluster for its size."""
+NODE_TIMEOUT_S = 1800.0
+"""For the first node that an autoscaler brings: it may wait for spot capacity, and loads its image."""
+TELL_EVERY_S = 60.0
+"""How often a pool that has no worker says what it waits for."""
+CLOSE_TIMEOUT_S = 30.0
+"""For what closed workers held. Who takes it next waits for it in any case."""
+
+logger = logging.getLogger(__name__)
 
 
 def connect(address: str | None, num_cpus: int | None = None) -> None:
@@ -81,10 +91,25 @@ def choose_device(device: str) -> str:
     return "cuda" if device == "cuda" or (device == "auto" and gpus) else "cpu"
 
 
+def worker_resources(device: str, threads: int) -> dict[str, int]:
+    """What one worker takes."""
+    return {"CPU": threads, "GPU": 1} if device == "cuda" else {"CPU": threads}
+
+
+def nodes_for_workers(device: str, threads: int) -> dict[str, int]:
+    """Nodes that are alive and could hold a worker if nobody else used them -> how many workers."""
+    needed = worker_resources(device, threads)
+    rooms = {
+        node["NodeID"]: min(int(node["Resources"].get(name, 0) // number) for name, number in needed.items())
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    return {node: room for node, room in rooms.items() if room}
+
+
 def default_num_workers(device: str, threads: int) -> int:
-    """As many as the cluster's GPUs, or its CPUs, allow."""
-    resources = ray.cluster_resources()
-    return max(1, int(resources.get("GPU", 1)) if device == "cuda" else int(resources.get("CPU", 1)) // threads)
+    """As many as the nodes have room for."""
+    return max(1, sum(nodes_for_workers(device, threads).values()))
 
 
 @ray.remote(max_restarts=0, max_task_retries=0)
@@ -108,6 +133,7 @@ class _Actor:
     def work(self, units: tuple[int, ...]) -> int:
         commit = self._worker.work(units)
         metrics.count("pruning_rows", commit.rows)
+        metrics.count("pruning_skipped_rows", len(commit.bad_rows))
         metrics.count("pruning_units", len(units))
         metrics.count("pruning_commits", 1)
         return len(commit.bad_rows)
@@ -135,7 +161,7 @@ class RayPool:
         self.threads = threads
         self.grow = grow
         self.start_timeout_s = start_timeout_s
-        self._looked = time.monotonic()
+        self._looked = self._at_work = time.monotonic()
         self._num_foreign = 0
         self._actors: dict[str, Any] = {}
         self._pending: dict[Any, tuple[str, int]] = {}  # object ref -> (worker, lease; 0 for loading a pass)
@@ -148,9 +174,12 @@ class RayPool:
     def _create(self) -> str:
         name = f"w{self._next}"
         self._next += 1
-        options: dict[str, Any] = {"num_cpus": self.threads, "scheduling_strategy": "SPREAD"}
-        if self.device == "cuda":
-            options["num_gpus"] = 1
+        needed = worker_resources(self.device, self.threads)
+        options: dict[str, Any] = {
+            "num_cpus": needed["CPU"],
+            "num_gpus": needed.get("GPU", 0),
+            "scheduling_strategy": "SPREAD",
+        }
         actor: Any = _Actor  # what @ray.remote makes of the class
         self._actors[name] = actor.options(**options).remote(self.device, self.threads)
         return name
@@ -188,14 +217,30 @@ class RayPool:
 
     def _wait_for_first(self) -> Any:
         """The loading of the first worker that has come to an end with it, well or not."""
-        ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=self.start_timeout_s)
+        can_grow = bool(cluster_state.get_max_resources_from_cluster_config())
+        timeout_s = max(self.start_timeout_s, NODE_TIMEOUT_S) if can_grow else self.start_timeout_s
+        deadline = time.monotonic() + timeout_s
+        ready: list[Any] = []
+        while not ready and (left_s := deadline - time.monotonic()) > 0:
+            ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=min(left_s, TELL_EVERY_S))
+            if not ready:
+                self._tell_what_is_missing()
         if not ready:
             raise PassFailed(
-                f"no worker started within {self.start_timeout_s:.0f} s. Each asks for {self.threads} CPU"
+                f"no worker started within {timeout_s:.0f} s. Each asks for {self.threads} CPU"
                 f"{' and 1 GPU' if self.device == 'cuda' else ''}; the cluster has {ray.available_resources()} free. Give it such nodes, "
                 "or ask for less with workers.device, workers.num_workers or workers.threads."
             )
         return ready[0]
+
+    def _tell_what_is_missing(self) -> None:
+        room = sum(nodes_for_workers(self.device, self.threads).values())
+        logger.warning(
+            "no worker is at work: %d wait for %s each; the nodes have room for %d, were they used by nobody else",
+            len(self._actors),
+            worker_resources(self.device, self.threads),
+            room,
+        )
 
     def fix_grid(self, grid: Grid) -> None:
         self._grid = grid
@@ -224,6 +269,11 @@ class RayPool:
             time.sleep(timeout_s)
             return [Tick(time.monotonic())]
         ready, _ = ray.wait(list(self._pending), num_returns=1, timeout=timeout_s)
+        if ready or any(lease for _, lease in self._pending.values()):
+            self._at_work = time.monotonic()
+        elif time.monotonic() - self._at_work > TELL_EVERY_S:  # every node is gone; the pass goes on when one comes
+            self._at_work = time.monotonic()
+            self._tell_what_is_missing()
         if not ready:
             return [Tick(time.monotonic())]
         return [self._event(reference) for reference in ready]
@@ -234,12 +284,12 @@ class RayPool:
         try:
             num_bad = ray.get(reference)
         except LOST as error:
-            self._drop(worker)
+            self._lose(worker, lease)
             return Lost(worker, _first_line(error), now)
         except RayTaskError as error:
             if is_fatal(error.cause):
                 raise error.cause from None
-            self._drop(worker)
+            self._lose(worker, lease)
             foreign = isinstance(error.cause, ForeignDevice)
             if foreign:  # another one in its place would most likely be as foreign
                 self._num_foreign += 1
@@ -247,6 +297,11 @@ class RayPool:
                     raise PassFailed(str(error.cause)) from None
             return Lost(worker, _first_line(error.cause), now, replace=not foreign)
         return Done(worker, lease, now, num_bad) if lease else Joined(worker, now)
+
+    def _lose(self, worker: str, lease: int) -> None:
+        if lease:
+            metrics.count("pruning_lost_leases", 1)
+        self._drop(worker)
 
     def _drop(self, worker: str) -> None:
         actor = self._actors.pop(worker, None)
@@ -279,15 +334,30 @@ class RayPool:
         raise PassFailed(f"four workers died one after the other, the last with {_first_line(cause)}.")
 
     def close(self) -> None:
-        """Free the workers' GPUs and CPUs, and wait until Ray has noticed."""
+        """Free the workers' GPUs and CPUs, and wait until they are free: a node gives them back when the process, and its memory, is gone."""
+        num_alive, free = self._num_alive(), ray.available_resources()
         for name in list(self._actors):
             self._drop(name)
-        deadline = time.monotonic() + 30
-        needed = self.num_workers * self.threads
-        while time.monotonic() < deadline and ray.available_resources().get("CPU", 0) < min(
-            needed, ray.cluster_resources().get("CPU", 0)
-        ):
+        needed = worker_resources(self.device, self.threads)
+        # Others on the cluster may hold the rest.
+        wanted = {name: free.get(name, 0) + num_alive * number for name, number in needed.items()}
+        deadline = time.monotonic() + CLOSE_TIMEOUT_S
+        while time.monotonic() < deadline:
+            total, now = ray.cluster_resources(), ray.available_resources()
+            if all(now.get(name, 0) >= min(number, total.get(name, 0)) for name, number in wanted.items()):
+                return
             time.sleep(0.1)
+
+    def _num_alive(self) -> int:
+        """Workers that hold something: neither dead nor waiting for room."""
+        answers = [actor.call.remote(os.getpid) for actor in self._actors.values()]
+        done, _ = ray.wait(answers, num_returns=len(answers), timeout=1.0) if answers else ([], [])
+        alive = 0
+        for answer in done:
+            with suppress(*LOST):
+                ray.get(answer)
+                alive += 1
+        return alive
 
 
 def _first_line(error: BaseException | None) -> str:
