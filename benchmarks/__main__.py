@@ -41,6 +41,8 @@ JOBS = {
     "memory": Job("memory", reads_rows=True),
     "scale": Job("scale"),
     "commits": Job("commits"),
+    "recovery": Job("recovery", reads_rows=True),
+    "startup": Job("startup"),
 }
 
 
@@ -92,6 +94,14 @@ LINES = [
     Line("gates and weight statistics, ResNet-152", PLAIN, "scoring-resnet152", lambda r: r["weights_ratio"], 1.10),
     Line("the stage through Ray, rows/s", "bare PyTorch loop", "stage", lambda r: r["ratio_to_bare"], 0.95, True),
     Line("two workers, rows/s", "one worker", "stage", lambda r: r["ratio_of_two_workers"], 1.85, True),
+    Line(
+        "recovery by two workers through Ray Train, rows/s",
+        "the same loop in one process of two threads",
+        "recovery",
+        lambda r: r["ratio_to_plain"],
+        0.95,
+        True,
+    ),
     Line("five criteria, rows/s", "Torch-Pruning: Taylor, then OBD-C", "peers", lambda r: r["speed_ratio"], 3.0, True),
     Line(
         "global masks of 1e8 scores, speed",

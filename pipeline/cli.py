@@ -25,6 +25,7 @@ from pipeline.models import zoo
 from pipeline.models.zoo import ModelError
 from pipeline.pruning.verify import CutMismatch
 from pipeline.report import terminal
+from pipeline.report.status import Looker, Place, Status, watch
 from pipeline.run import Run
 from pipeline.stages import branch, run_all
 from pipeline.summary import write_report
@@ -117,6 +118,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     ):
         one = commands.add_parser(name, help=text, description=text)
         one.add_argument("run", metavar="RUN", help="run directory")
+    text = "look again every so many seconds (5), until the run is finished"
+    commands.choices["status"].add_argument("--watch", metavar="SECONDS", type=float, nargs="?", const=5.0, help=text)
     text = "a run with another budget or criterion, on the dense network, graph and statistics of RUN: no new pass over the data"
     branching = commands.add_parser("branch", help=text, description=text)
     branching.add_argument("run", metavar="RUN", help="run directory to begin with")
@@ -143,7 +146,18 @@ def _stored(run_dir: str) -> RunConfig:
 
 
 def _status(options: argparse.Namespace) -> None:
-    terminal.print_status(Run(_stored(options.run)).stages, Console())
+    run, console = Run(_stored(options.run)), Console()
+    looker = Looker([Place(one.dir, one.label) for one in run.rounds])
+    every_s = vars(options).get("watch")
+    if every_s is None:
+        terminal.print_status(looker.look(), console)
+        return
+
+    def show(status: Status) -> None:
+        console.clear()
+        terminal.print_status(status, console)
+
+    watch(looker.look, show, every_s)
 
 
 def _resume(options: argparse.Namespace) -> None:

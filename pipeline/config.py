@@ -348,6 +348,8 @@ class WorkersConfig(Section):
     """About how much work one commit holds: what a death can cost."""
     max_failures: int = Field(default=3, ge=0)
     """Deaths that one unit, or the training, may cause before the run gives up."""
+    price_per_hour: float | None = Field(default=None, ge=0)
+    """Of one worker, in any currency: the forecast and the report then say what the run costs."""
 
 
 class RunConfig(Section):

@@ -8,7 +8,7 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -35,7 +35,8 @@ from pipeline.models.graph import Graph
 from pipeline.pruning.masks import load_masks
 from pipeline.pruning.plan import Plan
 from pipeline.pruning.surgery import cut
-from pipeline.report.progress import progress
+from pipeline.report.progress import alive, progress
+from pipeline.training.loop import Record
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,19 @@ class Input:
     @property
     def decoder(self) -> Decoder:
         return Decoder(self.size, self.mean, self.std, self.interpolation, self.crop_fraction)
+
+
+class Watcher:
+    """Is told how the stages of a run get on. This one pays no heed."""
+
+    def committed(self, run: Run, stage: str, rows: int, seconds: float) -> None:
+        """A worker has committed so many rows of a pass over the data, and taken so long."""
+
+    def trained(self, run: Run, stage: str, history: Sequence[Record]) -> None:
+        """The history of a training has grown."""
+
+    def ended(self, run: Run, stage: str) -> None:
+        """A stage is done."""
 
 
 class Run:
@@ -77,6 +91,7 @@ class Run:
         if self.part < 1:
             self.dir = artifacts.join(self.dir, "rounds", str(self.number))
         self.manifest = Manifest(self.dir)
+        self.watcher = Watcher()
         self._pool: RayPool | None = None
         self._networks: dict[str, nn.Module] = {}
 
@@ -116,8 +131,12 @@ class Run:
         """By name; of several rounds "round 1: score"."""
         if self.given.rounds == 1:
             return self.manifest.stages
-        every = ((f"round {one.number}: {name}", r) for one in self.rounds for name, r in one.manifest.stages.items())
+        every = ((one.label(name), r) for one in self.rounds for name, r in one.manifest.stages.items())
         return dict(every)
+
+    def label(self, stage: str) -> str:
+        """The name of a stage of this round among those of all."""
+        return stage if self.given.rounds == 1 else f"round {self.number}: {stage}"
 
     def start_of(self, plan: str) -> Run:
         """Whose network a plan cuts: ours that of this round; a control is cut in one round, whatever ours takes."""
@@ -135,10 +154,12 @@ class Run:
             self.say(f"{name}: was begun with other values, begins anew ({'; '.join(changes)})")
         started = time.monotonic()
         self.manifest.begin(name, inputs)
-        work()
+        with alive(self.path("alive.json")):
+            work()
         self.manifest.finish(name, artifact)
         self.keep_config()
         self.say(f"{name}: {time.monotonic() - started:.1f} s")
+        self.watcher.ended(self, name)
 
     def scratch(self, kind: str, stage: str) -> str:
         """RUN/KIND/STAGE-FINGERPRINT, where a stage leaves what it needs to go on: never mixed with that of other inputs."""
@@ -167,6 +188,11 @@ class Run:
     def num_workers(self) -> int:
         self.connect()
         return self.config.workers.num_workers or ray_pool.default_num_workers(self.device, self.config.workers.threads)
+
+    @property
+    def workers_now(self) -> int:
+        """Of a pass over the data: more than at the start where the cluster has grown meanwhile."""
+        return self._pool.num_workers if isinstance(self._pool, RayPool) else self.num_workers
 
     @property
     def pool(self) -> RayPool:
@@ -323,8 +349,10 @@ class Run:
         micro_batch: int,
         title: str,
         stride: int = 1,
+        into: str | None = None,
     ) -> PassResult:
-        """Distribute `task` over `units` (every `stride`-th) with exact sums, in stage `name`; goes on from that stage's commits."""
+        """Distribute `task` over `units` (every `stride`-th) with exact sums, in stage `name`; goes on from that stage's commits. The sums
+        are in the result, or in the file `into`."""
         config = self.config
         ledger = Ledger(self.scratch("units", name), len(units), self.manifest.stages[name].fingerprint)
         work = Pass(
@@ -339,6 +367,7 @@ class Run:
             on_bad_row=config.data.on_bad_row,
             decode_threads=config.workers.decode_threads,
         )
+        rows_per_unit = units.num_rows / len(units)
         with progress(title, total=-(-units.num_rows // stride), unit="rows", quiet=config.quiet) as bar:
             return run_pass(
                 work,
@@ -347,7 +376,11 @@ class Run:
                 max_failures=config.workers.max_failures,
                 max_bad_fraction=config.data.max_bad_fraction,
                 stride=stride,
+                into=into,
                 on_progress=lambda rows: bar.update(rows),
+                on_lease=lambda units, seconds: self.watcher.committed(
+                    self, name, round(units * rows_per_unit), seconds
+                ),
                 on_warning=self.say,
             )
 

@@ -8,8 +8,10 @@ from pipeline import artifacts
 from pipeline.execution.train import read_history
 from pipeline.pruning.masks import load_masks, masks_sha256
 from pipeline.report import numbers
+from pipeline.report.forecast import Forecast
 from pipeline.report.html import render
 from pipeline.run import Run
+from pipeline.stages import forecast
 from pipeline.stages.planning import mask_rules, networks, plan_rules
 from pipeline.training.policy import shares_of_zeros
 
@@ -63,6 +65,7 @@ def summarise(run: Run) -> dict[str, Any]:
             }
             for name, r in run.stages.items()
         ],
+        "forecast": _forecast(run),
         "bad_rows": _bad_rows(run, before),
         "per_class": _per_class(before, after),
         "data": {
@@ -238,6 +241,30 @@ def _with_zeros(run: Run, stage: str, training: dict[str, Any]) -> dict[str, Any
     layers = [{"name": weight, "zeros": exact, "near_zeros": near} for weight, (exact, near) in shares.items()]
     history = [{key: value for key, value in record.items() if key != "layers"} for record in training["history"]]
     return {**training, **found, "layers": layers, "history": history}
+
+
+def _forecast(run: Run) -> dict[str, Any]:
+    """What was first foreseen of the run and of each stage, beside what it came to."""
+    stored = _read(run, forecast.FILE)
+    if stored is None:
+        return {}
+    found, records = Forecast.from_dict(stored), run.stages
+    stages: list[dict[str, Any]] = []
+    for stage in found.stages:
+        record = records.get(stage.stage)
+        done = record is not None and record.state == "done"
+        if stage.first is None or (record and done and stage.first.made >= record.finished):
+            continue
+        seconds = record.seconds if record and done and record.attempts == 1 else None
+        foreseen = {"forecast_seconds": stage.first.seconds, "share_done": stage.first.share_done}
+        stages.append({"name": stage.stage, **foreseen, "seconds": seconds})
+    figures = (
+        {} if found.first is None else {key: getattr(found.first, key) for key in ("seconds", "worker_hours", "cost")}
+    )
+    whole = found.total if all(stage.done for stage in found.stages) else None
+    if whole and all(record.attempts == 1 for record in records.values()):
+        figures |= {f"used_{key}": getattr(whole, key) for key in ("seconds", "worker_hours", "cost")}
+    return {**figures, "price_per_hour": found.price_per_hour, "stages": stages}
 
 
 def _bad_rows(run: Run, before: Any) -> list[dict[str, Any]]:

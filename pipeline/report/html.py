@@ -84,6 +84,8 @@ def render(summary: Mapping[str, Any], *, written: float | None = None) -> str:
             [*full["stability"]["curve"]], "plan_change", "removed channels exchanged, %", scale=100.0, x="rows"
         ),
         stages=plots.stage_times(full["stages"]),
+        foretold=foretold(full),
+        told_of_forecast=told_of_forecast(full),
         seconds=sum(stage["seconds"] or 0.0 for stage in full["stages"]),
         classes=plots.class_accuracy(full["per_class"]),
         many_classes=len(plots.measured_classes(full["per_class"])) > plots.CLASS_ROWS,
@@ -271,6 +273,18 @@ ROUNDS = ("parameters", "MACs", BEFORE, AFTER, "time")
 
 
 @dataclass(frozen=True)
+class Foretold:
+    """A line of the table of forecast and fact."""
+
+    name: str
+    forecast: str
+    fact: str
+    ratio: str
+    """Of the fact to the forecast."""
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class Cell:
     value: str
     note: str = ""
@@ -378,6 +392,40 @@ def _macs_scale(columns: Sequence[Network]) -> tuple[list[float | None], str]:
     return [None if n.macs is None else n.macs / size for n in columns], unit
 
 
+def foretold(summary: Summary) -> list[Foretold]:
+    """Each stage of which there was a forecast, and all together that are done; empty where there was none."""
+    stages = summary["forecast"]["stages"]
+    found = []
+    for stage in stages:
+        share, took = stage["share_done"], stage["seconds"]
+        ratio = f"{took / stage['forecast_seconds']:.2f}" if took is not None and stage["forecast_seconds"] else ""
+        note = f"after {text.percent(share, 0)} of it" if share else ""
+        found.append(
+            Foretold(stage["name"], text.duration(stage["forecast_seconds"]), text.duration(took), ratio, note)
+        )
+    both = [(stage["forecast_seconds"], stage["seconds"]) for stage in stages if stage["seconds"] is not None]
+    if len(both) > 1:
+        forecast, fact = sum(one for one, _ in both), sum(one for _, one in both)
+        ratio = f"{fact / forecast:.2f}" if forecast else ""
+        found.append(Foretold("together", text.duration(forecast), text.duration(fact), ratio))
+    return found
+
+
+def told_of_forecast(summary: Summary) -> str:
+    """The first forecast of the whole run, and what it came to."""
+    found = summary["forecast"]
+    if found["worker_hours"] is None:
+        return ""
+
+    def told(prefix: str) -> str:
+        seconds, worker_hours, cost = (found[f"{prefix}{key}"] for key in ("seconds", "worker_hours", "cost"))  # type: ignore[literal-required]
+        price = "" if cost is None else f", at a price of {cost:,.2f}"
+        return f"{text.duration(seconds)} and {text.hours(worker_hours)} worker-hours{price}"
+
+    used = "" if found["used_worker_hours"] is None else f" It came to {told('used_')}."
+    return f"The first forecast of the whole run was {told('')}.{used}"
+
+
 # --- the other sections ---------------------------------------------------------------------------------------------
 
 
@@ -408,7 +456,7 @@ def _told(training: Training) -> str:
     return ", ".join(caption)
 
 
-OF_METHODS = {"closed_gates": "gates that are closed, %", "zero_scales": "scales of norms that are zero, %"}
+OF_METHODS = {"closed_gates": "gates that are closed, %", "remains": "what is not zero, % of what the aim counts"}
 """What methods record of their way to zeros, beside the weights that are zero."""
 
 

@@ -193,6 +193,31 @@ class StageTime(TypedDict):
     """Starts that it took; the time is that of the last."""
 
 
+class Foreseen(TypedDict):
+    """A stage of which there was a forecast before it began, or while it was young."""
+
+    name: str
+    forecast_seconds: float
+    share_done: float
+    """Of its rows, when the forecast was made."""
+    seconds: float | None
+    """Null while it is not done, and where it took several starts: the time is known of the last one alone."""
+
+
+class ForecastFigures(TypedDict):
+    """`seconds` and those beside it: the first forecast of the whole run; `used_`: what it came to, once all is done, in one start each.
+    Worker-hours are those of all workers for all the time; costs are in the currency of `price_per_hour`."""
+
+    seconds: float | None
+    worker_hours: float | None
+    cost: float | None
+    used_seconds: float | None
+    used_worker_hours: float | None
+    used_cost: float | None
+    price_per_hour: float | None
+    stages: list[Foreseen]
+
+
 class BadRow(TypedDict):
     file: str
     row_group: int | None
@@ -233,6 +258,7 @@ class Summary(TypedDict):
     """Null where nothing was trained towards zeros."""
     recover: Recovery
     stages: list[StageTime]
+    forecast: ForecastFigures
     bad_rows: list[BadRow]
     per_class: list[ClassAccuracy]
     data: Data
@@ -258,6 +284,7 @@ _SECTIONS: dict[str, tuple[str, ...]] = {
     "verify": ("max_abs_diff", "max_rel_diff", "rows"),
     "train": ("epochs", "seconds", "rows_per_s"),
     "recover": ("epochs", "seconds", "rows_per_s", "zeros", "near_zeros"),
+    "forecast": ("seconds", "worker_hours", "cost", "used_seconds", "used_worker_hours", "used_cost", "price_per_hour"),
     "data": ("train", "val", "val_rows"),
 }
 _RECORDS: dict[str, tuple[str, ...]] = {
@@ -266,6 +293,7 @@ _RECORDS: dict[str, tuple[str, ...]] = {
     "stability.curve": ("rows", "plan_change", "rank_correlation"),
     "frozen": ("group", "size", "operation", "where", "reason"),
     "stages": ("name", "state", "seconds", "started", "finished", "attempts"),
+    "forecast.stages": ("name", "forecast_seconds", "share_done", "seconds"),
     "bad_rows": ("file", "row_group", "row", "cause"),
     "per_class": ("class", "dense", "pruned"),
     "train.history": ("step", "epoch", "loss", "lr"),

@@ -1,9 +1,12 @@
-"""Progress of long stages: bars on a terminal, a plain line now and then in a file, nothing when quiet."""
+"""Progress of long stages: bars on a terminal, a plain line now and then in a file, nothing when quiet; and a sign of life on storage."""
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,9 +16,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from pipeline import artifacts
 from pipeline.report.text import duration, rate
 
 Clock = Callable[[], float]
+FIRST_AFTER_S = 2.0
+"""A line comes with the first progress that there is after this time: it tells how fast a stage is, also one that is soon over."""
+BEAT_EVERY_S = 20.0
 
 
 class Bar(Protocol):
@@ -49,19 +56,24 @@ class _Pace:
 
 
 class _Lines:
-    """A line every `interval_s`, and one for the last state."""
+    """A line when a stage begins, one with its first progress, then one every `interval_s`, and one for the last state."""
 
     def __init__(self, title: str, total: int, unit: str, stream: TextIO, interval_s: float, clock: Clock) -> None:
         self.title, self.total, self.unit, self.stream = title, total, unit, stream
         self.interval_s, self._clock = interval_s, clock
         self._pace = _Pace(total, unit, clock)
-        self._last = clock()
+        self._last = self._began = clock()
+        self._first: int | None = None
         self._state: tuple[int, list[str]] | None = None
         self._shown: int | None = None
 
     def update(self, done: int, **fields: float) -> None:
         self._state = (done, [*self._pace.words(done), *_named(fields)])
-        if self._clock() - self._last >= self.interval_s or done >= self.total:
+        now = self._clock()
+        begins = self._first is None
+        moves = self._shown == self._first and now - self._began >= FIRST_AFTER_S
+        self._first = done if self._first is None else self._first
+        if begins or moves or now - self._last >= self.interval_s or done >= self.total:
             self.flush()
 
     def flush(self) -> None:
@@ -120,3 +132,24 @@ def progress(
         )
         with Progress(*columns, console=Console(file=stream)) as bars:
             yield _Bars(bars, title, total, unit)
+
+
+@contextmanager
+def alive(path: str, every_s: float = BEAT_EVERY_S, clock: Clock = time.time) -> Iterator[None]:
+    """While inside, a thread writes now and then to `path` that this process is there: who looks from elsewhere cannot see it."""
+    stop = threading.Event()
+    thread = threading.Thread(target=_beat, args=(path, every_s, clock, stop), name="sign of life", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _beat(path: str, every_s: float, clock: Clock, stop: threading.Event) -> None:
+    while not stop.wait(every_s):
+        try:
+            artifacts.write_json(path, {"time": clock(), "host": socket.gethostname(), "pid": os.getpid()})
+        except artifacts.StorageError as error:  # the stage itself will say so, if it matters
+            logging.getLogger(__name__).warning("no sign of life is written: %s", error)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -25,6 +24,7 @@ from pipeline.report.html import (
     rounds,
 )
 from pipeline.report.numbers import COMPRESSED, complete, networks
+from pipeline.report.status import Status, sentences
 from pipeline.report.text import NOT_MEASURED, count, duration
 
 SHORT = {BEFORE: "top-1, cut", AFTER: "top-1, recovered", NONZERO: "non-zero"}
@@ -75,23 +75,31 @@ def print_summary(summary: Mapping[str, Any], console: Console) -> None:
         console.print(Text(sentence), style="dim")
 
 
-def status_table(manifest: Any) -> Table:
-    """`manifest`: a Manifest, or its stages: name -> record with state, started, finished, artifact."""
-    stages: Mapping[str, Any] = getattr(manifest, "stages", manifest)
-    table = Table(title="stages", title_justify="left")
-    for name in ("stage", "state", "started", "time", "artifact"):
-        table.add_column(name, justify="right" if name == "time" else "left")
-    for name, record in sorted(stages.items(), key=lambda item: item[1].started or math.inf):
-        done = record.state == "done"
-        started = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.started)) if record.started else ""
-        took = duration(record.finished - record.started if done else None)
-        state = Text(record.state, style="green" if done else "yellow")
-        table.add_row(Text(name), state, started, took, Text(record.artifact or ""))
+STATE_STYLES = {"done": "green", "running": "yellow", "silent": "bold red", "to come": "dim"}
+
+
+def status_table(status: Status) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("stage", "state", "begun", "time", "left"):
+        table.add_column(name, justify="right" if name in ("time", "left") else "left", no_wrap=True)
+    for stage in status.stages:
+        begun = time.strftime("%m-%d %H:%M", time.localtime(stage.started)) if stage.started else ""
+        starts = f", start {stage.attempts}" if stage.attempts > 1 else ""
+        table.add_row(
+            Text(stage.stage),
+            Text(f"{stage.state}{starts}", style=STATE_STYLES[stage.state]),
+            begun,
+            "" if stage.seconds is None else duration(stage.seconds),
+            "" if stage.seconds_left is None else duration(stage.seconds_left),
+        )
     return table
 
 
-def print_status(stages: Any, console: Console) -> None:
-    console.print(status_table(stages))
+def print_status(status: Status, console: Console) -> None:
+    if status.stages:
+        console.print(status_table(status))
+    for sentence in sentences(status):
+        console.print(Text(sentence))
 
 
 def print_graph(name: str, graph: Any, costs: Any, console: Console) -> None:

@@ -64,6 +64,11 @@ def duration(seconds: float | None) -> str:
     return f"{minutes // 60} h {minutes % 60:02d} min"
 
 
+def hours(value: float | None) -> str:
+    """0.47, 12.3: two digits at least, however few they are."""
+    return MISSING if value is None else _digits(value, 3) if value >= 0.1 or not value else f"{value:.2g}"
+
+
 def rate(per_s: float | None, unit: str = "rows") -> str:
     return MISSING if per_s is None else f"{_digits(per_s, 3)} {unit}/s"
 

@@ -6,10 +6,12 @@ from pipeline import artifacts
 from pipeline.artifacts import StaleArtifact
 from pipeline.data.folder import require_same_classes
 from pipeline.data.units import Units
+from pipeline.execution.probe import probe_nodes
 from pipeline.export import onnx
 from pipeline.run import Run, environment
 from pipeline.stages.calibrating import calibrate
 from pipeline.stages.cutting import cut_and_verify
+from pipeline.stages.forecast import watch
 from pipeline.stages.masking import check_masks, mask_weights, require_maskable
 from pipeline.stages.planning import check_blocks, check_stop, kinds_needed, plan
 from pipeline.stages.quantising import quantise
@@ -33,6 +35,7 @@ OF_THE_PARENT = ("sparsify", "score", "curvature")
 def run_all(run: Run) -> None:
     """From a trained network to a smaller one, in as many rounds as the configuration says."""
     check_early(run)
+    watch(run)
     for one in run.rounds:
         run_round(one)
         if one is not run:
@@ -111,6 +114,7 @@ def check_early(run: Run) -> None:
     for training in (config.train, config.sparsify, config.recover):
         if training.epochs:
             training_order(run, training)
+    probe_nodes(run.dir, [run.train_rows, run.val_rows], device=run.device, threads=config.workers.threads)
     if not artifacts.exists(run.path("config.yaml")):
         artifacts.write_json(run.path("environment.json"), environment(run))
         run.keep_config()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -70,7 +69,7 @@ def score(run: Run) -> None:
     """RUN/saliency/statistics.safetensors: exact sums over the rows, from which every criterion is computed."""
     settings, graph = run.config.score, run.graph()
     units = Units(run.train_rows.row_groups, settings.rows_per_unit, settings.num_rows)
-    kinds = _kinds(run)
+    kinds = kinds_stored(run)
     if kinds is None:
         run.say("score: left out, no criterion needs rows")
         return
@@ -88,15 +87,22 @@ def score(run: Run) -> None:
         options = {"weights": "weights" in kinds, "inputs": "inputs" in kinds}
         task = GateStatistics(run.network(run.parent), graph, **options)
         results: list[PassResult] = []
+        into = run.path("saliency", "statistics.safetensors")
         for stride in _strides(settings.stop_when_stable, len(units)):
             result = run.data_pass(
-                "score", task, run.train_rows, units, micro_batch=settings.micro_batch, title="score", stride=stride
+                "score",
+                task,
+                run.train_rows,
+                units,
+                micro_batch=settings.micro_batch,
+                title="score",
+                stride=stride,
+                into=into,
             )
-            values = by_group(graph, result.values)
-            results.append(replace(result, values={}))
+            values = by_group(graph, artifacts.read_tensors(into))
+            results.append(result)
             if stride == 1 or _is_stable(run, values, stride):
                 break
-        artifacts.write_tensors(run.path("saliency", "statistics.safetensors"), values)
         artifacts.write_json(run.path("saliency", "pass.json"), _about(results))
 
     run.stage("score", inputs, run.path("saliency", "statistics.safetensors"), work)
@@ -112,7 +118,7 @@ def _about(results: list[PassResult]) -> dict[str, Any]:
     }
 
 
-def _kinds(run: Run) -> list[str] | None:
+def kinds_stored(run: Run) -> list[str] | None:
     """What the pass stores beside the channel gates; None if it is not needed. What it has stored already may be more."""
     needed = kinds_needed(run)
     if not needed - {*TRAINING_KINDS}:
@@ -178,14 +184,14 @@ def curvature(run: Run) -> None:
 
     def work() -> None:
         task = CurvatureStatistics(run.network(run.parent), graph, statistics(run))
-        result = run.data_pass(
+        run.data_pass(
             "curvature",
             task,
             run.train_rows,
             units,
             micro_batch=settings.micro_batch,
             title="score, second order",
+            into=run.path("saliency", "curvature.safetensors"),
         )
-        artifacts.write_tensors(run.path("saliency", "curvature.safetensors"), result.values)
 
     run.stage("curvature", inputs, run.path("saliency", "curvature.safetensors"), work)

@@ -11,11 +11,13 @@ from typing import Any
 from torch import nn
 
 from pipeline import artifacts
+from pipeline.artifacts import StorageError
 from pipeline.config import TrainingConfig
 from pipeline.data.stream import Augmentation, TrainingOrder, training_loader
 from pipeline.execution.ledger import digest
 from pipeline.execution.train import fit
 from pipeline.pruning import allocation
+from pipeline.report.events import EventFile
 from pipeline.report.progress import progress
 from pipeline.run import Run
 from pipeline.stages.calibrating import calibration_inputs, reestimated
@@ -232,14 +234,23 @@ def run_training(
         training.loader_processes,
     )
     total = order.steps_per_epoch * training.batch_size * training.epochs
+    events = EventFile(run.path("tensorboard", stage))
     with progress("train" if stage == "dense" else stage, total=total, unit="rows", quiet=config.quiet) as bar:
 
         def show(history: Any) -> None:
             if history:
                 told = {name: history[-1][name] for name in ("loss", "zeros") if name in history[-1]}
                 bar.update(history[-1]["step"] * training.batch_size, **told)
+                run.watcher.trained(run, stage, history)
+                tell_tensorboard(history)
 
-        return fit(
+        def tell_tensorboard(history: Any) -> None:
+            try:
+                events.write(history)
+            except StorageError as error:  # for people: not worth the training
+                run.say(f"{stage}: TensorBoard is not told: {error}")
+
+        result = fit(
             model,
             teacher,
             make_batches,
@@ -254,6 +265,8 @@ def run_training(
             max_failures=config.workers.max_failures,
             on_progress=show,
         )
+    tell_tensorboard(result.history)  # also of a training that was over before, when the driver died
+    return result
 
 
 SHARED_SETTINGS = {

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from pipeline.report import plots
-from pipeline.report.html import class_extremes, comparison, findings, headline, key_figures, render
+from pipeline.report.html import class_extremes, comparison, findings, foretold, headline, key_figures, render
 from pipeline.report.numbers import complete
 from pipeline.report.svg import Frame, Label, settle, ticks
 from tests.report.samples import SAMPLES, digits, resnet152, sparse
@@ -46,6 +46,40 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self._open and self._open[-1] != "style":
             self.text += data
+
+
+FORECAST = {
+    "seconds": 3600.0,
+    "worker_hours": 8.0,
+    "cost": 20.0,
+    "used_seconds": 4500.0,
+    "used_worker_hours": 10.0,
+    "used_cost": 25.0,
+    "price_per_hour": 2.5,
+    "stages": [
+        {"name": "score", "forecast_seconds": 100.0, "share_done": 0.06, "seconds": 120.0},
+        {"name": "recover", "forecast_seconds": 300.0, "share_done": 0.0, "seconds": 200.0},
+        {"name": "evaluate-after", "forecast_seconds": 50.0, "share_done": 0.0, "seconds": None},
+    ],
+}
+
+
+def test_forecast_and_fact_stand_side_by_side_where_there_was_one():
+    lines = foretold(complete({**digits(), "forecast": FORECAST}))
+    assert [(line.name, line.forecast, line.fact, line.ratio, line.note) for line in lines] == [
+        ("score", "1 min 40 s", "2 min 00 s", "1.20", "after 6 % of it"),
+        ("recover", "5 min 00 s", "3 min 20 s", "0.67", ""),
+        ("evaluate-after", "50.0 s", "–", "", ""),
+        ("together", "6 min 40 s", "5 min 20 s", "0.80", ""),
+    ]
+    shown = Page(render({**digits(), "forecast": FORECAST})).text
+    assert "Forecast and fact" in shown
+    assert (
+        "The first forecast of the whole run was 1 h 00 min and 8.00 worker-hours, at a price of 20.00. "
+        "It came to 1 h 15 min and 10.0 worker-hours, at a price of 25.00." in shown
+    )
+    assert "It came to" not in Page(render({**digits(), "forecast": {**FORECAST, "used_worker_hours": None}})).text
+    assert "Forecast" not in Page(render(digits())).text
 
 
 def test_the_quantised_network_stands_beside_the_others_where_there_is_one():

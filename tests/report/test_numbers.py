@@ -37,6 +37,9 @@ GOLDEN = {
     "sparsify": None,
     "recover": {"epochs", "seconds", "rows_per_s", "history", "zeros", "near_zeros", "layers"},
     "stages": None,
+    "forecast": {
+        "seconds", "worker_hours", "cost", "used_seconds", "used_worker_hours", "used_cost", "price_per_hour", "stages",
+    },
     "bad_rows": None,
     "per_class": None,
     "data": {"train", "val", "val_rows"},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ from rich.console import Console
 
 from pipeline.report import terminal
 from pipeline.report.progress import progress
+from pipeline.report.status import StageStatus, Status
 from tests.report.samples import SAMPLES, digits, sparse
 
 
@@ -69,16 +71,21 @@ def test_brackets_in_names_are_no_markup():
     assert "ours ([/])" in text
 
 
-def test_status_stands_in_the_order_of_time():
-    record = SimpleNamespace(state="done", started=100.0, finished=175.0, artifact="/run/[b]plan.json")
-    running = SimpleNamespace(state="running", started=200.0, finished=0.0, artifact="")
-    text = shown(terminal.print_status, {"score": running, "plan": record}, width=100)
-    assert text.index("plan") < text.index("score")
-    assert "1 min 15 s" in text
-    assert "[b]plan.json" in text
-    assert "-" not in next(line for line in text.splitlines() if "running" in line).split("│")[4]
-    manifest = SimpleNamespace(stages={"score": running, "plan": record})
-    assert shown(terminal.print_status, manifest, width=100) == text
+def test_status_is_a_table_and_what_it_leaves_open():
+    stages = (
+        StageStatus("round 1: [b]plan", "done", 100.0, 75.0, 1),
+        StageStatus("round 2: score", "running", 200.0, 30.0, 2, "3 of 8 units", 50.0, 4.0, "head, process 7"),
+        StageStatus("round 2: plan", "to come"),
+    )
+    lines = [" ".join(line.split()) for line in shown(terminal.print_status, Status(stages, False)).splitlines()]
+    assert lines[1] == "stage state begun time left"
+    assert re.fullmatch(r"round 1: \[b\]plan done \d\d-\d\d \d\d:\d\d 1 min 15 s", lines[3])
+    assert re.fullmatch(r"round 2: score running, start 2 \d\d-\d\d \d\d:\d\d 30.0 s 50.0 s", lines[4])
+    assert lines[5] == "round 2: plan to come"
+    assert lines[-2:] == [
+        "round 2: score: 3 of 8 units; last sign of life 4.0 s ago (head, process 7).",
+        "At least about 50.0 s left.",
+    ]
 
 
 def test_a_traced_network_shows_that_no_time_was_taken():
@@ -112,21 +119,32 @@ def run(interval_s: float, updates: list[tuple[float, int]], total: int = 100, *
     return stream.getvalue().splitlines()
 
 
+BEGINS = "score: 0/100 rows, loss 0.25"
+
+
 def test_a_file_gets_a_line_every_interval_with_rate_and_time_left():
-    assert run(10, [(0, 0), (5, 20), (10, 40), (12, 50), (20, 80), (25, 100)]) == [
-        "score: 40/100 rows, 4.00 rows/s, 15.0 s left, loss 0.25",
-        "score: 80/100 rows, 4.00 rows/s, 5.0 s left, loss 0.25",
+    assert run(10, [(0, 0), (1, 4), (5, 20), (6, 24), (14, 56), (15, 60), (20, 80), (25, 100)]) == [
+        BEGINS,
+        "score: 20/100 rows, 4.00 rows/s, 20.0 s left, loss 0.25",
+        "score: 60/100 rows, 4.00 rows/s, 10.0 s left, loss 0.25",
         "score: 100/100 rows, 4.00 rows/s, loss 0.25",
     ]
 
 
+def test_a_stage_is_told_when_it_begins_and_at_its_first_progress():
+    assert run(60, [(0, 0), (1, 0), (4, 0), (5, 10), (6, 20)])[:2] == [
+        BEGINS,
+        "score: 10/100 rows, 2.00 rows/s, 45.0 s left, loss 0.25",
+    ]
+
+
 def test_rows_of_an_earlier_start_do_not_count_into_the_rate():
-    assert run(1, [(0, 60), (10, 80)]) == ["score: 80/100 rows, 2.00 rows/s, 10.0 s left, loss 0.25"]
+    assert run(1, [(0, 60), (10, 80)])[1:] == ["score: 80/100 rows, 2.00 rows/s, 10.0 s left, loss 0.25"]
 
 
 def test_the_last_state_is_shown_once():
-    assert run(100, [(0, 0), (1, 30)]) == ["score: 30/100 rows, 30.0 rows/s, 2.3 s left, loss 0.25"]
-    assert len(run(100, [(0, 0), (1, 100), (2, 100)])) == 1
+    assert run(100, [(0, 0), (1, 30)]) == [BEGINS, "score: 30/100 rows, 30.0 rows/s, 2.3 s left, loss 0.25"]
+    assert len(run(100, [(0, 0), (1, 100), (2, 100)])) == 2
 
 
 def test_the_last_state_is_shown_also_after_an_error():
