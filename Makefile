@@ -31,9 +31,10 @@ check: env
 bench: env
 	$(BIN)/python -m benchmarks
 
-soak: env  ## 100,000 simulated schedules of deaths, delays and torn writes; then 15 minutes of real processes that are killed
+soak: env  ## 100,000 simulated schedules; then 15 minutes of real processes that are killed, and 30 of a whole cluster
 	$(BIN)/python -m tests.simulation --seeds 100000
 	$(BIN)/python -m tests.faults --minutes 15 --json docs/reliability.json
+	$(BIN)/python -m tests.soak --minutes 30 --json docs/soak.json
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache
