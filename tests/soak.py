@@ -25,7 +25,6 @@ import sys
 import tempfile
 import time
 import traceback
-from collections import Counter
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -184,7 +183,7 @@ class Outcome:
     """Over all passes of the complete runs."""
     rows_redone: int = 0
     """Rows in all commits less those that count."""
-    rows_lost_at_most: int = 0
+    rows_lost_about: int = 0
     """Of leases that ended before their commit, all that a driver's end has cut off included: the largest commit of the run for each."""
     groups_of_the_training: int = 0
     """Times that Ray Train has started its workers; one for each run, were there no deaths."""
@@ -199,7 +198,7 @@ class Outcome:
     overhead: float = 0.0
     """Mean of the disturbed runs over that."""
 
-    deaths_by_stage: Counter[str] = field(default_factory=Counter)
+    deaths_by_stage: dict[str, int] = field(default_factory=dict)
     every_run: list[dict[str, Any]] = field(default_factory=list)
 
     @property
@@ -209,7 +208,7 @@ class Outcome:
     def table(self) -> str:
         figures = {name: value for name, value in asdict(self).items() if isinstance(value, int | float)}
         lines = [f"{name.replace('_', ' '):<40}{value:>9.6g}" for name, value in figures.items()]
-        return "\n".join([*lines, f"deaths by stage: {dict(self.deaths_by_stage.most_common())}"])
+        return "\n".join([*lines, f"deaths by stage: {self.deaths_by_stage}"])
 
 
 # --- the cluster -------------------------------------------------------------------------------------------------------
@@ -353,7 +352,7 @@ class Story:
         total.rows_counted += sum(reading.rows for reading in passes(self.run_dir).values())
         total.rows_redone += rows_redone(self.run_dir)
         total.groups_of_the_training += self.groups
-        total.rows_lost_at_most += self.lost_leases * largest_commit(self.run_dir)
+        total.rows_lost_about += self.lost_leases * largest_commit(self.run_dir)
         total.steps_redone_at_most += CHECKPOINT_EVERY_STEPS * max(0, self.groups - 1)
         about = {"seconds": seconds, "deaths": self.deaths, "submissions": self.submissions, "groups": self.groups}
         total.every_run.append(about)
@@ -405,7 +404,8 @@ class Story:
     def note(self, kind: str) -> None:
         self.deaths += 1
         stage = next((name for name, state in stages(self.run_dir).items() if state == "running"), "between stages")
-        self.outcome.deaths_by_stage[stage] += 1
+        by_stage = self.outcome.deaths_by_stage
+        by_stage[stage] = by_stage.get(stage, 0) + 1
         say(f"{self.run_dir.name}: {kind} killed, {stage}, {self.seen}")
 
 
@@ -475,7 +475,7 @@ def main() -> None:
     print(outcome.table())
     if arguments.json:
         arguments.json.write_text(json.dumps(asdict(outcome), indent=1) + "\n")
-    sys.exit(outcome.submitted_again_after_another_error > 0)
+    sys.exit(int(outcome.submitted_again_after_another_error > 0))
 
 
 if __name__ == "__main__":
