@@ -47,7 +47,15 @@ class Nodes:
         self.mark = secrets.token_hex(4)
         (self.directory / "token").write_text(secrets.token_hex(32))
         self.gcs, self.dashboard = free_port(), free_port()
-        self.url = f"http://127.0.0.1:{self.dashboard}"
+        self._started: list[subprocess.Popen[bytes]] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.address('head')}:{self.dashboard}"
+
+    def address(self, name: str) -> str:
+        """Of a node; the same for all, since they are one machine."""
+        return "127.0.0.1"
 
     def environment(self, node: str = "client") -> dict[str, str]:
         """Of the processes of a node, and of those that talk to the cluster."""
@@ -58,7 +66,7 @@ class Nodes:
             "RAY_AUTH_TOKEN_PATH": str(self.directory / "token"),
             "RAY_DEDUP_LOGS": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
-            "RAY_ADDRESS": f"127.0.0.1:{self.gcs}",
+            "RAY_ADDRESS": f"{self.address('head')}:{self.gcs}",
             "RAY_API_SERVER_ADDRESS": self.url,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "HF_HUB_OFFLINE": "1",
@@ -67,8 +75,13 @@ class Nodes:
 
     def __enter__(self) -> Nodes:
         try:
-            ports = {"port": self.gcs, "dashboard-port": self.dashboard, "ray-client-server-port": free_port()}
-            self._start("head", ["--head", "--num-cpus=0", *(f"--{name}={port}" for name, port in ports.items())])
+            options = {
+                "port": self.gcs,
+                "dashboard-host": self.address("head"),
+                "dashboard-port": self.dashboard,
+                "ray-client-server-port": free_port(),
+            }
+            self._start("head", ["--head", "--num-cpus=0", *(f"--{name}={value}" for name, value in options.items())])
             wait_for(self._answers, "the head's dashboard")
         except BaseException:
             self.__exit__()
@@ -77,14 +90,16 @@ class Nodes:
 
     def __exit__(self, *error: object) -> None:
         self.kill("")
-        shutil.rmtree(self.directory, ignore_errors=True)
+        for node in self._started:
+            node.wait()
+        wait_for(self._removed, f"removal of {self.directory}", timeout_s=60)
 
     def add(self, name: str, num_cpus: int = 1) -> None:
-        """A node that joins; it is there when this returns. Names are not used twice."""
+        """A node that joins; it is there when this returns. A name is used again only when nothing of its node is left."""
         for attempt in range(3):  # on a busy machine a node may miss Ray's fixed start-up time
             if attempt:
                 self.kill(name)
-            node = self._start(name, [f"--address=127.0.0.1:{self.gcs}", f"--num-cpus={num_cpus}"])
+            node = self._start(name, [f"--address={self.address('head')}:{self.gcs}", f"--num-cpus={num_cpus}"])
             wait_for(lambda node=node: node.poll() is not None or self._runs(name), f"node {name}")
             if self._runs(name):
                 return
@@ -144,30 +159,41 @@ class Nodes:
     def log(self, name: str) -> Path:
         return self.directory / f"{name}.log"
 
+    def _removed(self) -> bool:
+        self.kill("")  # what was just being started had no mark yet
+        shutil.rmtree(self.directory, ignore_errors=True)
+        return not self.directory.exists()
+
+    def _inside(self, name: str) -> list[str]:
+        """What a command of a node begins with to run there."""
+        return []
+
     def _runs(self, name: str) -> bool:
         return "Ray runtime started" in (self.directory / f"{name}.out").read_text()
 
     def _start(self, name: str, options: list[str]) -> subprocess.Popen[bytes]:
         every = [
-            "--node-ip-address=127.0.0.1",
+            f"--node-ip-address={self.address(name)}",
             f"--dashboard-agent-listen-port={free_port()}",
             "--object-store-memory=100000000",
             "--block",
         ]
         place = [f"--temp-dir={self.directory / name}"] if name == "head" else []
         with (self.directory / f"{name}.out").open("wb") as out:
-            return subprocess.Popen(
-                [*RAY, "start", *options, *place, *every],
+            node = subprocess.Popen(
+                [*self._inside(name), *RAY, "start", *options, *place, *every],
                 env=self.environment(name),
                 cwd=self.directory,
                 stdout=out,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
             )
+        self._started.append(node)
+        return node
 
     def _answers(self) -> bool:
         try:
-            with socket.create_connection(("127.0.0.1", self.dashboard), timeout=1):
+            with socket.create_connection((self.address("head"), self.dashboard), timeout=1):
                 return True
         except OSError:
             return False

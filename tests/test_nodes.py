@@ -19,24 +19,22 @@ from tests.test_run import config, write_rows
 
 pytestmark = [pytest.mark.slow, pytest.mark.ray, pytest.mark.timeout(3000)]
 
+RECOVER = TrainingConfig(epochs=8, batch_size=20, num_streams=2, lr=0.01, warmup_epochs=0, checkpoint_every_steps=3)
 TOP1_NOISE = 0.1
 """Training goes on with one worker of two for a while: its batch norms see other rows, and 200 rows are 20 in a tenth."""
 
 
-def prepare(rows: str, run_dir: Path) -> list[str]:
+def prepare(rows: str, run_dir: Path, **changes: object) -> list[str]:
     """The command of a run that is long enough to be disturbed."""
     run_dir.mkdir()
-    given: RunConfig = config(
-        rows,
-        run_dir,
-        data=DataConfig(train=rows, val=rows, image_size=96, crop_fraction=1.0),
-        score=ScoreConfig(rows_per_unit=4, micro_batch=4),
-        recover=TrainingConfig(
-            epochs=8, batch_size=20, num_streams=2, lr=0.01, warmup_epochs=0, checkpoint_every_steps=3
-        ),
-        workers=WorkersConfig(num_workers=2, commit_interval_s=0.01),
-        quiet=False,
-    )
+    values = {
+        "data": DataConfig(train=rows, val=rows, image_size=96, crop_fraction=1.0),
+        "score": ScoreConfig(rows_per_unit=4, micro_batch=4),
+        "recover": RECOVER,
+        "workers": WorkersConfig(num_workers=2, commit_interval_s=0.01),
+        "quiet": False,
+    }
+    given: RunConfig = config(rows, run_dir, **{**values, **changes})
     (run_dir / "given.yaml").write_text(given.to_yaml())
     return [sys.executable, "-m", "jobs.prune_resnet152", "--config", str(run_dir / "given.yaml")]
 
