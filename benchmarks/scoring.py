@@ -69,11 +69,12 @@ def _scored(name: str, images: torch.Tensor, labels: torch.Tensor, *, weights: b
     network = zoo.build(name)
     task = GateStatistics(network, propagate(network, torch.zeros(1, *images.shape[1:])), weights=weights)
     task.to(torch.device("cpu"), torch.channels_last)
-    pilot = magnitudes(task(images, labels), task.segments)
+    task.check(images[:3], labels[:3])
+    pilot = magnitudes(task(images, labels) | task.collect(), task.segments)
     sums = ExactSums(Grid.from_pilot(pilot, num_addends=1000, segments=task.segments))
 
     def work() -> None:
-        sums.add(task(images, labels), STRIDES, task.nested)
+        sums.add(task(images, labels) | task.collect(), STRIDES, task.nested)
 
     return work
 

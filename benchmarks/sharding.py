@@ -1,15 +1,19 @@
-"""Peak memory of each of two workers that train one network: `python -m benchmarks.sharding`.
+"""Peak memory of each of two workers that hold one network together (FSDP2), beside workers that hold it whole: `python -m benchmarks.sharding`.
 
-The same training twice, from the same file: each worker holds the network (DDP), or both hold it together (FSDP2). A ViT with few rows
-in a batch, so that parameters, gradients and AdamW's two moments are what needs memory. The peak of resident memory counts above what a
-worker needs before it has a network. The result is written to a file; with `--checkpoint` a checkpoint before it, too, for which the
-worker that holds all copies all.
+training   the same steps from the same file, by DDP and in rows; the result is written to a file. With `--checkpoint` a checkpoint before it,
+           too, for which the worker that holds all copies all.
+cutting    a plan by magnitude to half the parameters, and the cut, in one process, beside the size of what stays.
+scoring    the gates and three statistics of every weight for the same rows, by one worker and by a team of two, until their commit is written.
+
+A ViT with few rows in a batch, so that weights, gradients, AdamW's two moments and sums are what needs memory. The peak of resident
+memory counts above what a worker needs before it has a network.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -24,20 +28,36 @@ import tyro
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from benchmarks.measuring import in_fresh_process, peak_memory, versions
+from benchmarks.measuring import in_fresh_process, peak_memory, peak_of_its_own, photograph, versions, write_rows
 from pipeline import artifacts
+from pipeline.data.batches import Decoder
+from pipeline.data.rows import open_source
+from pipeline.data.units import Units
+from pipeline.execution.ledger import Ledger
+from pipeline.execution.team import Member
+from pipeline.execution.worker import Pass, UnitWorker
+from pipeline.models.graph import Graph
+from pipeline.models.sharding import Stored, mapped, skeleton_of
+from pipeline.models.trace import propagate
+from pipeline.pruning.allocation import plan
+from pipeline.pruning.plan import Budget
+from pipeline.pruning.surgery import cut
+from pipeline.saliency.channel_rules import magnitude_l2
+from pipeline.saliency.exact import Grid
+from pipeline.saliency.statistics import GateStatistics
 from pipeline.training.loop import train
 from pipeline.training.settings import TrainSettings
-from pipeline.training.sharding import Stored, skeleton_of
 
 WORKERS = 2
 SIZE, CLASSES = 32, 10
+SCORED_ROWS = 16
+"""Two units of two micro-batches."""
 
 
 def measure(
     width: int = 768, depth: int = 12, steps: int = 3, rows: int = 4, checkpoint: bool = False
 ) -> dict[str, Any]:
-    """Extra memory in MB of each worker, held whole and sharded, and the largest sharded over the largest whole one.
+    """Extra memory in MB of each worker, held whole and sharded, and the largest sharded over the largest whole one; of both kinds of work.
 
     Args:
         width, depth: of the ViT; 768 and 12 are a ViT-B.
@@ -47,18 +67,25 @@ def measure(
     """
     with tempfile.TemporaryDirectory() as folder:
         parameters = in_fresh_process(_write, folder, width, depth)
-        peaks = {
+        training = {
             name: _train(folder, steps, rows, shard_over, checkpoint)
             for name, shard_over in (("whole", 1), ("sharded", WORKERS))
         }
-    largest = {name: max(worker["extra_mb"] for worker in workers) for name, workers in peaks.items()}
+        cutting = in_fresh_process(_cut, folder)
+        scoring = {name: _score(folder, size) for name, size in (("whole", 1), ("sharded", WORKERS))}
     return {
         "parameters": parameters,
         "network_mb": parameters * 4 / 1e6,
-        "workers": peaks,
-        "ratio": largest["sharded"] / largest["whole"],
+        "training": _compared(training),
+        "scoring": _compared(scoring),
+        "cutting": cutting,
         "versions": versions("torch", "timm"),
     }
+
+
+def _compared(workers: dict[str, list[dict[str, float]]]) -> dict[str, Any]:
+    largest = {name: max(worker["extra_mb"] for worker in several) for name, several in workers.items()}
+    return {"workers": workers, "ratio": largest["sharded"] / largest["whole"]}
 
 
 def _network(width: int, depth: int) -> nn.Module:
@@ -71,6 +98,9 @@ def _write(folder: str, width: int, depth: int) -> int:
     network = _network(width, depth)
     artifacts.write_tensors(f"{folder}/network.safetensors", network.state_dict())
     torch.save(skeleton_of(network), f"{folder}/skeleton.pt")
+    Path(folder, "graph.json").write_text(propagate(network, torch.zeros(1, 3, SIZE, SIZE)).to_json())
+    rows = ((photograph(i, SIZE), i % CLASSES) for i in range(SCORED_ROWS))
+    write_rows(Path(folder, "rows.parquet"), rows)
     return sum(parameter.numel() for parameter in network.parameters())
 
 
@@ -105,6 +135,59 @@ def _work(rank: int, folder: str, where: str, steps: int, rows: int, shard_over:
         )
     Path(where, f"{rank}.json").write_text(json.dumps({**peak, "seconds": time.perf_counter() - started}))
     dist.destroy_process_group()
+
+
+def _cut(folder: str) -> dict[str, float]:
+    """As the driver does it: the weights of the dense network stay in their file."""
+    network = Stored(torch.load(f"{folder}/skeleton.pt", weights_only=False), f"{folder}/network.safetensors")
+    graph = Graph.from_json(Path(folder, "graph.json").read_text())
+    with peak_of_its_own() as peak:
+        dense = mapped(network)
+        saliency = magnitude_l2(graph, {}, dense.state_dict(), 0)
+        small = cut(dense, plan(graph, saliency, Budget(params=0.5), scope="layer"))
+    kept_mb = sum(parameter.numel() for parameter in small.parameters()) * 4 / 1e6
+    return {**peak, "kept_mb": kept_mb, "ratio": peak["extra_mb"] / kept_mb}
+
+
+# --- scoring ----------------------------------------------------------------------------------------------------------
+
+
+def _score(folder: str, size: int) -> list[dict[str, float]]:
+    where = Path(folder) / f"score-{size}"
+    where.mkdir()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    mp.spawn(_score_as, args=(folder, str(where), size, address), nprocs=size)
+    return [json.loads((where / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+def _score_as(rank: int, folder: str, where: str, size: int, address: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    cpu = torch.device("cpu")
+    worker = UnitWorker(cpu, 1) if size == 1 else Member(cpu, 1, rank, size, address)
+    network = Stored(torch.load(f"{folder}/skeleton.pt", weights_only=False), f"{folder}/network.safetensors")
+    graph = Graph.from_json(Path(folder, "graph.json").read_text())
+    source = open_source(f"{folder}/rows.parquet")
+    units = Units(source.row_groups, SCORED_ROWS // 2)
+    task = GateStatistics(network, graph, weights=True)
+    ledger = Ledger(where, len(units), "benchmark")
+    decoder = Decoder(SIZE, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0)
+    started = time.perf_counter()
+    with peak_memory() as peak:
+        worker.load(Pass(task, source, units, decoder, ledger, None, SCORED_ROWS // 4, CLASSES, "stop"))
+        pilot, processor = worker.pilot()
+        grid = Grid.from_pilot(pilot, num_addends=len(units), segments=task.segments)
+        worker.fix_grid(grid)
+        if rank == 0:
+            ledger.fix_grid(grid, processor)
+        if isinstance(worker, Member):
+            dist.barrier()
+        worker.work(range(len(units)))
+    Path(where, f"{rank}.json").write_text(json.dumps({**peak, "seconds": time.perf_counter() - started}))
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 class _Batches:

@@ -40,6 +40,7 @@ from pipeline.execution.pool import RayPool, connect
 from pipeline.execution.worker import MEMORY_FORMAT, Pass
 from pipeline.models import zoo
 from pipeline.models.graph import Graph
+from pipeline.models.task import Place
 from pipeline.models.trace import propagate
 from pipeline.saliency.statistics import GateStatistics
 
@@ -140,13 +141,13 @@ class OnOwnCore(GateStatistics):
         super().__init__(model, graph)
         self.cores, self.claims = cores, claims
 
-    def to(self, device: torch.device, memory_format: torch.memory_format) -> None:  # type: ignore[override]
+    def place(self, place: Place) -> None:
         for core in self.cores:
             with suppress(FileExistsError):
                 Path(self.claims, f"core-{core}").touch(exist_ok=False)
                 os.sched_setaffinity(0, {core})  # of this thread; those that it starts inherit it
                 break
-        super().to(device, memory_format)
+        super().place(place)
 
 
 def _compare(scoring: Scoring, cores: dict[str, Sequence[int]], turns: int) -> dict[str, Any]:

@@ -471,6 +471,15 @@ def sha256_of(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":"), default=str).encode()).hexdigest()
 
 
+def sha256_of_file(path: str) -> str:
+    """Of its bytes, which are never all in memory."""
+    state = hashlib.sha256()
+    with open_file(path) as file:
+        while piece := file.read(1 << 22):
+            state.update(piece)
+    return state.hexdigest()
+
+
 def short(fingerprint: str) -> str:
     return fingerprint[:12]
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import platform
 import sys
@@ -32,6 +31,7 @@ from pipeline.execution.pool import RayPool
 from pipeline.execution.worker import Pass, Task, cpu_model
 from pipeline.models import zoo
 from pipeline.models.graph import Graph
+from pipeline.models.sharding import Network, Stored, mapped, skeleton_of
 from pipeline.pruning.masks import load_masks
 from pipeline.pruning.plan import Plan
 from pipeline.pruning.surgery import cut
@@ -192,14 +192,21 @@ class Run:
     @property
     def workers_now(self) -> int:
         """Of a pass over the data: more than at the start where the cluster has grown meanwhile."""
-        return self._pool.num_workers if isinstance(self._pool, RayPool) else self.num_workers
+        in_teams = self._pool.num_workers * self._pool.team_size if self._pool is not None else 0
+        return in_teams or self.num_workers
 
     @property
     def pool(self) -> RayPool:
         if self._pool is None:
             self.connect()
             workers = self.config.workers
-            self._pool = RayPool(self.num_workers, self.device, workers.threads, grow=workers.num_workers is None)
+            self._pool = RayPool(
+                max(1, self.num_workers // workers.shard_over),
+                self.device,
+                workers.threads,
+                team_size=workers.shard_over,
+                grow=workers.num_workers is None,
+            )
         return self._pool
 
     def release_pool(self) -> None:
@@ -247,7 +254,7 @@ class Run:
     def checkpoint_sha256(self) -> str | None:
         """Of the file with the given weights: another one under the same name makes another run."""
         path = self.config.model.checkpoint
-        return hashlib.sha256(artifacts.read_bytes(zoo.checkpoint_file(path))).hexdigest() if path else None
+        return zoo.checkpoint_sha256(path) if path else None
 
     @cached_property
     def num_classes(self) -> int:
@@ -310,16 +317,25 @@ class Run:
         self._networks.pop(name, None)
 
     def weights_sha256(self, name: str) -> str:
-        return hashlib.sha256(artifacts.read_bytes(self.path("networks", f"{name}.safetensors"))).hexdigest()
+        return artifacts.sha256_of_file(self.path("networks", f"{name}.safetensors"))
+
+    def stored(self, name: str, plan: str | None = None) -> Stored:
+        """A network of this run: the dense architecture, cut by a plan if one is named, and the file with the weights kept under `name`."""
+        start = self if plan is None else self.start_of(plan)
+        model = skeleton_of(start.fresh())
+        return Stored(
+            model if plan is None else cut(model, self.plan(plan)), self.path("networks", f"{name}.safetensors")
+        )
 
     def network(self, name: str, plan: str | None = None) -> nn.Module:
-        """A network of this run: the dense architecture, cut by a plan if one is named, with the weights kept under `name`."""
+        """The same with its weights: of a local file they are read when they are looked at, and nobody holds them."""
         if name not in self._networks:
-            start = self if plan is None else self.start_of(plan)
-            model = copy.deepcopy(self.fresh()) if plan is None else cut(start.fresh(), self.plan(plan))
-            model.load_state_dict(artifacts.read_tensors(self.path("networks", f"{name}.safetensors")))
-            self._networks[name] = model.eval()
+            self._networks[name] = mapped(self.stored(name, plan)).eval()
         return self._networks[name]
+
+    def sent(self, name: str, plan: str | None = None) -> Network:
+        """The same as workers get it: whole, or its file where they hold networks together, and each reads its rows."""
+        return self.network(name, plan) if self.config.workers.shard_over == 1 else self.stored(name, plan)
 
     def graph(self) -> Graph:
         return Graph.from_json(artifacts.read_bytes(self.path("graph.json")).decode())
@@ -386,7 +402,10 @@ class Run:
 
     def pass_inputs(self, source: Source, units: Units, micro_batch: int, **more: Any) -> dict[str, Any]:
         """What the bits of a pass depend on; the number of workers is not among it."""
+        # Gathered weights lie in memory in their own order, and where an image is one pixel a kernel may then round in another.
+        in_rows = {"networks": "in rows"} if self.config.workers.shard_over > 1 else {}
         return {
+            **in_rows,
             "rows": source.fingerprint,
             "units": units.describe(),
             "micro_batch": micro_batch,

@@ -65,6 +65,11 @@ class Batch:
     """int64."""
     bad_rows: tuple[BadRow, ...] = ()
 
+    @classmethod
+    def empty(cls, size: int) -> Batch:
+        """Without a row."""
+        return cls(torch.zeros(0, 3, size, size), torch.zeros(0, dtype=torch.int64))
+
     def pinned(self) -> Batch:
         """In page-locked memory, from where a copy to a GPU does not make the process wait."""
         return Batch(self.images_NCHW.pin_memory(), self.labels_N.pin_memory(), self.bad_rows)
@@ -101,6 +106,7 @@ def unit_batches(
     num_classes: int,
     on_bad_row: str = "stop",
     threads: int = 1,
+    share: tuple[int, int] = (0, 1),
 ) -> Iterator[Batch]:
     """The micro-batches of one unit in row order: rows 0..micro_batch of the unit, then the next ones.
 
@@ -112,6 +118,7 @@ def unit_batches(
         num_classes: labels must lie in 0..num_classes - 1.
         on_bad_row: "stop" raises, "skip" leaves the row out and lists it in the batch.
         threads: background threads that decode; 0 decodes in the caller's. Changes no bit.
+        share: (i, n): only micro-batches i, i + n, i + 2n ... are decoded and given.
 
     Raises:
         BadRowError: with "stop", for the first bad row in the unit's order.
@@ -122,6 +129,7 @@ def unit_batches(
         raise ValueError(f"micro_batch ({micro_batch}) must be at least 1.")
     rows = source.read(unit.file, unit.row_group, unit.start, unit.stop)
     chunks = [rows[first : first + micro_batch] for first in range(0, len(rows), micro_batch)]
+    chunks = chunks[share[0] :: share[1]]
     if threads == 0:
         for chunk in chunks:
             yield _finish(_Pending(chunk, decoder, num_classes), on_bad_row)

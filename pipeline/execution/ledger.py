@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,10 @@ class Commit:
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return {name: tuple(total.shape) for name, total in self.totals.items()}
 
+    def total(self, name: str) -> Tensor:
+        """One of the sums, on the CPU or a GPU; asked for once each, in the order of the names."""
+        return self.totals[name]
+
     def read(self, names: Collection[str]) -> dict[str, Tensor]:
         return {name: total for name, total in self.totals.items() if name in names}
 
@@ -83,12 +87,15 @@ class Commit:
             "fingerprint": fingerprint,
         }
         metadata["header_crc32"] = str(_header_crc32(metadata))
-        checksums = torch.zeros(len(self.totals), dtype=torch.int64)
-        parts = iter(artifacts.tensor_parts({**self.totals, CHECKSUMS: checksums}, metadata))
+        shapes = self.shapes
+        about = {name: torch.empty(shapes[name], dtype=torch.int64, device="meta") for name in sorted(shapes)}
+        checksums = torch.zeros(len(about), dtype=torch.int64)
+        tensors = chain(((name, self.total(name)) for name in about), [(CHECKSUMS, checksums)])
+        parts = artifacts.streamed_tensors({**about, CHECKSUMS: checksums}, tensors, metadata)
         yield next(parts)
         with ThreadPoolExecutor(1) as second:
             found = []
-            for part in islice(parts, len(self.totals)):
+            for part in islice(parts, len(about)):
                 found.append(second.submit(zlib.crc32, part))
                 yield part
             checksums.copy_(torch.tensor([one.result() for one in found], dtype=torch.int64))

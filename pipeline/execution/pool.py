@@ -24,12 +24,16 @@ from ray.exceptions import (
     RayTaskError,
     WorkerCrashedError,
 )
+from ray.util import placement_group, remove_placement_group
+from ray.util.placement_group import PlacementGroup
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from pipeline.artifacts import StaleArtifact, StorageError
 from pipeline.execution import metrics
 from pipeline.execution.coordinator import Done, Event, Joined, Lost, Tick
 from pipeline.execution.drive import PassFailed
 from pipeline.execution.ledger import ForeignDevice
+from pipeline.execution.team import Team
 from pipeline.execution.worker import Pass, UnitWorker
 from pipeline.saliency.exact import Grid, Magnitudes
 
@@ -114,10 +118,14 @@ def default_num_workers(device: str, threads: int) -> int:
 
 @ray.remote(max_restarts=0, max_task_retries=0)
 class _Actor:
-    """A UnitWorker in a process of its own."""
+    """A UnitWorker in a process of its own, or the first of the processes of a team."""
 
-    def __init__(self, device: str, threads: int) -> None:
-        self._worker = UnitWorker(torch.device(device), threads)
+    def __init__(self, device: str, threads: int, team_size: int) -> None:
+        self._worker: UnitWorker | Team
+        if team_size == 1:
+            self._worker = UnitWorker(torch.device(device), threads)
+        else:
+            self._worker = Team(device, threads, team_size, worker_resources(device, threads))
 
     def load(self, work: Pass, grid: Grid | None) -> None:
         self._worker.load(work)
@@ -146,24 +154,34 @@ class RayPool:
     """`num_workers` actors. Workers may come and go; a pass goes on with those that are there.
 
     Args:
-        num_workers: actors to ask for; those for which the cluster has no room yet join when it has.
+        num_workers: workers to ask for; those for which the cluster has no room yet join when it has.
         device: "cuda" or "cpu".
-        threads: CPU threads of one worker's computation; part of the bits on a CPU.
+        threads: CPU threads of one process's computation; part of the bits on a CPU.
+        team_size: processes of a worker, which hold networks together (`team`).
         grow: also use what the cluster gains while a pass runs.
         start_timeout_s: how long to wait for the first worker.
     """
 
     def __init__(
-        self, num_workers: int, device: str, threads: int, *, grow: bool = False, start_timeout_s: float = 300.0
+        self,
+        num_workers: int,
+        device: str,
+        threads: int,
+        *,
+        team_size: int = 1,
+        grow: bool = False,
+        start_timeout_s: float = 300.0,
     ) -> None:
         self.num_workers = num_workers
         self.device = device
         self.threads = threads
+        self.team_size = team_size
         self.grow = grow
         self.start_timeout_s = start_timeout_s
         self._looked = self._at_work = time.monotonic()
         self._num_foreign = 0
         self._actors: dict[str, Any] = {}
+        self._groups: dict[str, PlacementGroup] = {}  # of teams: a place for each process, all of them or none
         self._pending: dict[Any, tuple[str, int]] = {}  # object ref -> (worker, lease; 0 for loading a pass)
         self._work: Any = None
         self._grid: Grid | None = None
@@ -180,8 +198,12 @@ class RayPool:
             "num_gpus": needed.get("GPU", 0),
             "scheduling_strategy": "SPREAD",
         }
+        if self.team_size > 1:
+            group = placement_group([needed] * self.team_size, strategy="PACK")
+            self._groups[name] = group
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=0)
         actor: Any = _Actor  # what @ray.remote makes of the class
-        self._actors[name] = actor.options(**options).remote(self.device, self.threads)
+        self._actors[name] = actor.options(**options).remote(self.device, self.threads, self.team_size)
         return name
 
     def start(self, work: Pass) -> None:
@@ -227,7 +249,7 @@ class RayPool:
                 self._tell_what_is_missing()
         if not ready:
             raise PassFailed(
-                f"no worker started within {timeout_s:.0f} s. Each asks for {self.threads} CPU"
+                f"no worker started within {timeout_s:.0f} s. Each asks for {self._size}{self.threads} CPU"
                 f"{' and 1 GPU' if self.device == 'cuda' else ''}; the cluster has {ray.available_resources()} free. Give it such nodes, "
                 "or ask for less with workers.device, workers.num_workers or workers.threads."
             )
@@ -236,11 +258,16 @@ class RayPool:
     def _tell_what_is_missing(self) -> None:
         room = sum(nodes_for_workers(self.device, self.threads).values())
         logger.warning(
-            "no worker is at work: %d wait for %s each; the nodes have room for %d, were they used by nobody else",
+            "no worker is at work: %d wait for %s%s each; the nodes have room for %d, were they used by nobody else",
             len(self._actors),
+            self._size,
             worker_resources(self.device, self.threads),
-            room,
+            room // self.team_size,
         )
+
+    @property
+    def _size(self) -> str:
+        return f"{self.team_size} times " if self.team_size > 1 else ""
 
     def fix_grid(self, grid: Grid) -> None:
         self._grid = grid
@@ -258,7 +285,7 @@ class RayPool:
         if not self.grow or time.monotonic() - self._looked < LOOK_EVERY_S:
             return
         self._looked = time.monotonic()
-        room = default_num_workers(self.device, self.threads) - self._num_foreign
+        room = default_num_workers(self.device, self.threads) // self.team_size - self._num_foreign
         for _ in range(room - len(self._actors)):
             self.spawn()
         self.num_workers = max(self.num_workers, len(self._actors))
@@ -307,6 +334,8 @@ class RayPool:
         actor = self._actors.pop(worker, None)
         if actor is not None:
             ray.kill(actor, no_restart=True)
+        if worker in self._groups:
+            remove_placement_group(self._groups.pop(worker))  # and with it whoever is in there
         self._pending = {reference: value for reference, value in self._pending.items() if value[0] != worker}
 
     def finish(self) -> None:
@@ -340,7 +369,7 @@ class RayPool:
             self._drop(name)
         needed = worker_resources(self.device, self.threads)
         # Others on the cluster may hold the rest.
-        wanted = {name: free.get(name, 0) + num_alive * number for name, number in needed.items()}
+        wanted = {name: free.get(name, 0) + num_alive * self.team_size * number for name, number in needed.items()}
         deadline = time.monotonic() + CLOSE_TIMEOUT_S
         while time.monotonic() < deadline:
             total, now = ray.cluster_resources(), ray.available_resources()

@@ -27,17 +27,16 @@ from typing import Any
 
 import ray
 import ray.train
-import safetensors.torch
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.execution import context as reports
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
-from torch import nn
 
 from pipeline import artifacts
 from pipeline.execution import metrics
 from pipeline.execution.pool import is_fatal, nodes_for_workers, worker_resources
+from pipeline.models.sharding import Network
 from pipeline.training import checkpoint
 from pipeline.training.loop import Batches, OnProgress, Record, TrainResult, train
 from pipeline.training.policy import MakePolicy
@@ -69,8 +68,8 @@ class TrainingFailed(RuntimeError):
 class _Job:
     """What every worker needs, sent once through the object store."""
 
-    model: nn.Module
-    teacher: nn.Module | None
+    model: Network
+    teacher: Network | None
     make_batches: MakeBatches
     settings: TrainSettings
     policies: Sequence[MakePolicy]
@@ -78,11 +77,12 @@ class _Job:
     fingerprint: str
     directory: str
     threads: int
+    shard_over: int
 
 
 def fit(
-    model: nn.Module,
-    teacher: nn.Module | None,
+    model: Network,
+    teacher: Network | None,
     make_batches: MakeBatches,
     settings: TrainSettings,
     *,
@@ -93,12 +93,14 @@ def fit(
     num_workers: int,
     use_gpu: bool = False,
     threads: int = 1,
+    shard_over: int = 1,
     max_failures: int = 3,
     on_progress: OnProgress | None = None,
 ) -> TrainResult:
     """Train with up to `num_workers` workers on the connected cluster, or go on with what is in `directory`.
 
-    There it leaves step-*.pt (checkpoints), metrics.jsonl (the history, for people and plots) and final.safetensors.
+    There it leaves step-*.pt (checkpoints), metrics.jsonl (the history, for people and plots) and final.safetensors, whose weights are
+    in the result, mapped into memory where the file is a local one.
 
     Args:
         model, teacher, settings, steps_per_epoch, policies, fingerprint: see `training.loop.train`.
@@ -106,6 +108,7 @@ def fit(
         directory: of this training; local path or URI, shared by all nodes.
         num_workers: each with one GPU (`use_gpu`) and `threads` CPUs, which must be free: close other workers before. Where nodes
             have room for fewer, now or after a death, fewer train, and more again once there is room.
+        shard_over: workers that hold one network together, at least; see `holders`.
         max_failures: deaths of workers without a new checkpoint between them before giving up. Errors that would come
             again (bad input, a bug, a loss that is NaN) are raised at once, as themselves.
         on_progress: called in a thread of the driver with the history, about every two seconds while it grows.
@@ -121,7 +124,18 @@ def fit(
         what = "the nodes have room for %d of %d training workers: it %s"
         logger.warning(what, room, num_workers, "begins with these, and grows" if room else "waits for nodes")
     job = ray.put(
-        _Job(model, teacher, make_batches, settings, policies, steps_per_epoch, fingerprint, directory, threads)
+        _Job(
+            model,
+            teacher,
+            make_batches,
+            settings,
+            policies,
+            steps_per_epoch,
+            fingerprint,
+            directory,
+            threads,
+            shard_over,
+        )
     )
     resources = worker_resources(device, threads)
     with tempfile.TemporaryDirectory(prefix="ray-train-") as scratch, _environment(), _watched(directory, on_progress):
@@ -130,7 +144,7 @@ def fit(
             _work,  # type: ignore[arg-type]
             train_loop_config={"job": job},
             scaling_config=ScalingConfig(
-                num_workers=(1, num_workers) if num_workers > 1 else 1,  # type: ignore[arg-type]
+                num_workers=(shard_over, num_workers) if num_workers > shard_over else num_workers,  # type: ignore[arg-type]
                 use_gpu=use_gpu,
                 resources_per_worker=resources,
                 elastic_resize_monitor_interval_s=RESIZE_EVERY_S,  # type: ignore[call-arg]
@@ -152,7 +166,7 @@ def fit(
             answer = trainer.fit().return_value  # type: ignore[attr-defined]
         except TrainingFailedError as error:
             raise _clear_error(error, directory, num_workers, resources) from error
-    weights = safetensors.torch.load(artifacts.read_bytes(artifacts.join(directory, FINAL)))
+    weights = artifacts.read_tensors(artifacts.join(directory, FINAL))
     statistics = artifacts.read_tensors(artifacts.join(directory, STATISTICS))
     return TrainResult(weights, answer["history"], answer["resumed_from"], statistics)
 
@@ -177,8 +191,10 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
             policies=job.policies,
             rank=rank,
             world_size=world_size,
+            shard_over=holders(world_size, job.shard_over),
             device=ray.train.torch.get_device(),
             checkpoint_dir=job.directory,
+            result_path=artifacts.join(job.directory, FINAL),
             fingerprint=job.fingerprint,
             on_progress=reporter,
         )
@@ -187,10 +203,13 @@ def _work(config: dict[str, Any]) -> dict[str, Any]:
         raise
     if rank == 0:
         reporter.write(result.history)
-        data = safetensors.torch.save(result.state_dict, metadata={"fingerprint": job.fingerprint})
         artifacts.write_tensors(artifacts.join(job.directory, STATISTICS), result.statistics)
-        artifacts.write_bytes(artifacts.join(job.directory, FINAL), data)
     return {"history": result.history, "resumed_from": result.resumed_from}
+
+
+def holders(world_size: int, shard_over: int) -> int:
+    """How many workers hold one network together: all lines are equally long, and a line has room for it."""
+    return next(k for k in range(shard_over, world_size + 1) if world_size % k == 0)
 
 
 class _Reporter:

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 import platform
 import threading
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from queue import Queue
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,26 +20,13 @@ from pipeline.data.batches import Batch, Decoder, unit_batches
 from pipeline.data.rows import Source
 from pipeline.data.units import STRIDES, Units
 from pipeline.execution.ledger import Commit, Ledger
+from pipeline.models.task import Task, add_
 from pipeline.saliency.exact import ExactSums, Grid, Magnitudes, SumOverflow, magnitudes
 
 T = TypeVar("T")
 MEMORY_FORMAT = torch.channels_last
 """Faster on GPUs, and on CPUs above all where convolutions are depthwise."""
-
-
-class Task(Protocol):
-    """One micro-batch -> additive sums. Owns its models; is sent to the workers as it is."""
-
-    nested: frozenset[str]
-    """Sums that are also kept over every 2nd, 4th ... unit (data.units.STRIDES), to see how they settle."""
-    segments: Mapping[str, tuple[int, ...]]
-    """Sums whose parts differ in scale: sizes of the parts of their last dimension."""
-
-    def to(self, device: torch.device, memory_format: torch.memory_format, /) -> None: ...
-
-    def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
-        """Float or int64 sums that add up over micro-batches; tensors that nobody else holds, since they are added to in place."""
-        ...
+CHECKED_ROWS = 3
 
 
 @dataclass(frozen=True)
@@ -95,12 +82,15 @@ class UnitWorker:
         self.device = device
         make_deterministic(device, threads)
         self._pass: Pass | None = None
-        self._admitted = False
+        self._admitted = self._checked = False
 
     def load(self, work: Pass) -> None:
-        self._admitted = False
-        work.task.to(self.device, MEMORY_FORMAT)
+        self._admitted = self._checked = False
+        self._place(work.task)
         self._pass = work
+
+    def _place(self, task: Task) -> None:
+        task.to(self.device, MEMORY_FORMAT)
 
     def fix_grid(self, grid: Grid) -> None:
         assert self._pass is not None
@@ -112,10 +102,14 @@ class UnitWorker:
         for unit in range(len(self._pass.units)):
             sums, rows, _ = self._unit(self._batches([unit]))
             if rows:
-                return magnitudes(sums, self._pass.task.segments), processor(self.device)
+                return self._magnitudes(sums), processor(self.device)
         raise ValueError(
             "no unit has a single readable row. Look at the report's bad rows, or set data.on_bad_row=stop to see the first."
         )
+
+    def _magnitudes(self, sums: dict[str, Tensor]) -> Magnitudes:
+        assert self._pass is not None
+        return magnitudes(sums, self._pass.task.segments)
 
     def work(self, units: Sequence[int]) -> Commit:
         """Compute and commit a lease."""
@@ -139,7 +133,13 @@ class UnitWorker:
                 bad_rows += bad
         finally:
             batches.close()
-        commit = Commit(tuple(units), num_rows, total.totals, tuple(bad_rows))
+        return self._commit(tuple(units), num_rows, total.totals, tuple(bad_rows))
+
+    def _commit(
+        self, units: tuple[int, ...], rows: int, totals: dict[str, Tensor], bad_rows: tuple[dict[str, Any], ...]
+    ) -> Commit:
+        assert self._pass is not None
+        commit = Commit(units, rows, totals, bad_rows)
         self._pass.ledger.write(commit)
         return commit
 
@@ -148,8 +148,8 @@ class UnitWorker:
         unit = self._pass.units[index]
         return f"unit {index} (file {unit.file}, row group {unit.row_group}, rows {unit.start} to {unit.stop - 1})"
 
-    def _batches(self, units: Sequence[int]) -> Iterator[Batch | None]:
-        """The micro-batches of the units in order, in pinned memory for a GPU; None closes a unit."""
+    def _batches(self, units: Sequence[int], share: tuple[int, int] = (0, 1)) -> Iterator[Batch | None]:
+        """The micro-batches of the units in order, in pinned memory for a GPU, or every n-th of each; None closes a unit."""
         work = self._pass
         assert work is not None
         for index in units:
@@ -161,6 +161,7 @@ class UnitWorker:
                 num_classes=work.num_classes,
                 on_bad_row=work.on_bad_row,
                 threads=work.decode_threads,
+                share=share,
             ):
                 yield batch.pinned() if self.device.type == "cuda" else batch
             yield None
@@ -168,7 +169,7 @@ class UnitWorker:
     def _unit(self, batches: Iterator[Batch | None]) -> tuple[dict[str, Tensor], int, list[dict[str, Any]]]:
         """Sum the micro-batches of one unit, in order, on the device."""
         assert self._pass is not None
-        sums: dict[str, Tensor] = {}
+        task, sums = self._pass.task, dict[str, Tensor]()
         rows, bad_rows = 0, []
         for batch in batches:
             if batch is None:
@@ -177,14 +178,16 @@ class UnitWorker:
             if len(batch.labels_N) == 0:
                 continue
             rows += len(batch.labels_N)
-            images = batch.images_NCHW.to(self.device, non_blocking=True, memory_format=MEMORY_FORMAT)
-            labels = batch.labels_N.to(self.device, non_blocking=True)
-            for name, value in self._pass.task(images, labels).items():
-                if name in sums:
-                    sums[name] += value
-                else:
-                    sums[name] = value
-        return sums, rows, bad_rows
+            images, labels = self._on_device(batch)
+            if not self._checked and len(labels) > 1:
+                task.check(images[:CHECKED_ROWS], labels[:CHECKED_ROWS])
+                self._checked = True
+            add_(sums, task(images, labels))
+        return sums | task.collect(), rows, bad_rows
+
+    def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images = batch.images_NCHW.to(self.device, non_blocking=True, memory_format=MEMORY_FORMAT)
+        return images, batch.labels_N.to(self.device, non_blocking=True)
 
 
 def prefetch(items: Iterable[T], depth: int) -> Generator[T, None, None]:

@@ -6,15 +6,20 @@ import difflib
 import importlib
 import importlib.resources
 import os
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from pipeline import artifacts
 from pipeline.models.modes import eval_mode
 from pipeline.models.standalone import open_attention_
 
@@ -121,14 +126,17 @@ def checkpoint_file(path: str) -> str:
 
 
 def read_checkpoint(path: str) -> dict[str, Tensor]:
-    """Tensors of a safetensors or torch file (weights_only), in file order. `path`: see `checkpoint_file`."""
+    """Tensors of a safetensors or torch file (weights_only), in file order; or of a directory of torch.distributed.checkpoint, whose index
+    is a pickle: take it from where you trust. `path`: see `checkpoint_file`."""
     path = checkpoint_file(path)
     try:
-        content: Any = (
-            load_file(path)
-            if path.endswith(".safetensors")
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
+        content: Any
+        if os.path.isdir(path):
+            content = _read_distributed(path)
+        elif path.endswith(".safetensors"):
+            content = load_file(path)
+        else:
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, ValueError, OSError) as error:
         raise ModelError(f"{path} is no whole safetensors or torch file: {error}") from error
     except Exception as error:  # torch.load raises pickle's own error for what is no tensor
@@ -139,6 +147,33 @@ def read_checkpoint(path: str) -> dict[str, Tensor]:
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise ModelError(f"{path} is no mapping of names to tensors.")
     return dict(content)
+
+
+def _read_distributed(path: str) -> dict[str, Tensor]:
+    """Whole tensors, whoever has written which part. Of a training's state the model's."""
+    reader = dcp.FileSystemReader(path)
+    stored = reader.read_metadata().state_dict_metadata
+    whole: dict[str, Any] = {
+        name: torch.empty(about.size, dtype=about.properties.dtype)
+        for name, about in stored.items()
+        if isinstance(about, TensorStorageMetadata)
+    }
+    of_model = {name: tensor for name, tensor in whole.items() if name.startswith(("model.", "state_dict."))}
+    others = any(name.startswith(("optim.", "optimizer.")) for name in whole)
+    chosen = of_model if of_model and (others or len(of_model) == len(whole)) else whole
+    with warnings.catch_warnings():  # that this process is alone is meant
+        warnings.filterwarnings("ignore", "torch.distributed is")
+        dcp.load(chosen, storage_reader=reader, no_dist=True)
+    return {name.partition(".")[2] if chosen is of_model else name: tensor for name, tensor in chosen.items()}
+
+
+def checkpoint_sha256(path: str) -> str:
+    """Of the file, or of the names and contents of a directory's files. `path`: see `checkpoint_file`."""
+    path = checkpoint_file(path)
+    if not os.path.isdir(path):
+        return artifacts.sha256_of_file(path)
+    files = {str(file.relative_to(path)): file for file in Path(path).rglob("*") if file.is_file()}
+    return artifacts.sha256_of({name: artifacts.sha256_of_file(str(files[name])) for name in sorted(files)})
 
 
 def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:

@@ -16,13 +16,14 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline.models.graph import Graph
+from pipeline.models.task import Place, Task
 from pipeline.saliency.statistics import HALF, multiplied
 
 CURVATURE_KINDS = ("hessian_diag", "hessian_grad")
 
 
-class CurvatureStatistics:
-    """A Task: the diagonal of H by Hutchinson's estimator, and H g.
+class CurvatureStatistics(Task):
+    """The diagonal of H by Hutchinson's estimator, and H g.
 
     The estimator is v * H v with independent signs v: its mean is the diagonal, and it adds up over micro-batches. The signs are drawn
     from the bits of the micro-batch, so that whoever computes it, and when, draws the same.
@@ -34,11 +35,8 @@ class CurvatureStatistics:
     Winning Tickets Before Training by Preserving Gradient Flow", ICLR 2020 (H g).
     """
 
-    nested: frozenset[str] = frozenset()
-
     def __init__(self, model: nn.Module, graph: Graph, gradient: Mapping[str, Tensor]) -> None:
         self.model = model
-        self.segments: Mapping[str, tuple[int, ...]] = {}
         self._names = list(multiplied(model, graph))
         rows = int(gradient["rows"])
         mean = [gradient[f"grad_sum/{name}"].double() / rows for name in self._names]
@@ -48,15 +46,14 @@ class CurvatureStatistics:
         self._parameters: list[nn.Parameter] = []
         self._device = torch.device("cpu")
 
-    def to(self, device: torch.device, memory_format: torch.memory_format = torch.preserve_format) -> None:
-        self._device = device
-        self.model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
-        self.model.eval().requires_grad_(False)
+    def place(self, place: Place) -> None:
+        self.model = place(self.model)
+        self._device = next(self.model.parameters()).device
         named = dict(self.model.named_parameters())
         self._parameters = [named[name] for name in self._names]
         for parameter in self._parameters:
             parameter.requires_grad_()
-        self._gradient = [g.to(device, p.dtype) for g, p in zip(self._gradient, self._parameters, strict=True)]
+        self._gradient = [g.to(self._device, p.dtype) for g, p in zip(self._gradient, self._parameters, strict=True)]
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
         """Sums over the rows: "hessian_diag/<tensor>", "hessian_grad/<tensor>" like the weight, "rows" int64."""

@@ -19,17 +19,22 @@ On request the same pass keeps the gradients of every weight that is multiplied,
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.hooks import RemovableHandle
 
-from pipeline.models.calls import Place, in_calls
+from pipeline.models import calls
+from pipeline.models.calls import in_calls
 from pipeline.models.graph import Branch, Graph, Site
 from pipeline.models.modes import eval_mode
+from pipeline.models.sharding import Network, Stored, local_rows
+from pipeline.models.task import Place, Take, Task, add_, hand_over
 
 GATE_KINDS = ("gate_sum", "gate_abs", "gate_square", "gate_fourth")
 WEIGHT_KINDS = ("grad_sum", "grad_abs", "grad_square")
@@ -79,11 +84,11 @@ def gate_terms(x: Tensor, grad: Tensor, axis: int | None) -> Tensor:
     return (product.sum(dim=other) if other else product).double()
 
 
-class GateStatistics:
-    """A Task: gates of every group and block for each row of a micro-batch; on request gradients and inputs of every weight.
+class GateStatistics(Task):
+    """Gates of every group and block for each row of a micro-batch; on request gradients and inputs of every weight.
 
     Args:
-        model: the dense network; evaluated with its running statistics, since a row's saliency must not depend on its neighbours.
+        network: the dense one; evaluated with its running statistics, since a row's saliency must not depend on its neighbours.
         graph: its channel groups and the weights that are multiplied.
         weights: also sum g, |g| and g^2 over micro-batches, per weight; g is the gradient of the micro-batch's summed loss. Since w
             does not change during the pass, sums of |g*w| and (g*w)^2 follow from them.
@@ -96,30 +101,31 @@ class GateStatistics:
     nested = frozenset({*GATE_KINDS, "rows"})
     """Sums that are also kept over every 2nd, 4th ... unit, to see how they settle."""
 
-    def __init__(self, model: nn.Module, graph: Graph, *, weights: bool = False, inputs: bool = False) -> None:
-        self.model = model
+    def __init__(self, network: Network, graph: Graph, *, weights: bool = False, inputs: bool = False) -> None:
+        self.network = network
         self.graph = graph
         self.weights = weights
         self.inputs = inputs
         sizes = tuple(graph.scored().values())
         self.segments: Mapping[str, tuple[int, ...]] = {kind: sizes for kind in GATE_KINDS} if sizes else {}
         """Groups differ in scale: each has a grid of its own."""
-        self._device = torch.device("cpu")
+        self.model: nn.Module
+        """The network where it was placed."""
         self._copy = False  # gates hand on copies, for networks that write into a consumer's input afterwards
-        self._checked = False
         self._terms_NA = torch.empty(0)
         self._terms: dict[str, Tensor] = {}  # group -> its columns of _terms_NA
         self._inputs: dict[str, Tensor] = {}
         self._tapped: set[str] = set()
+        self._parameters: dict[str, nn.Parameter] = {}  # whose gradients are summed
+        self._weight_sums: dict[str, Tensor] = {}  # over the micro-batches since `collect`
         self._indices: dict[tuple[str, int], Tensor] = {}
 
-    def to(self, device: torch.device, memory_format: torch.memory_format = torch.preserve_format) -> None:
-        self._device = device
-        self.model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
-        self.model.eval().requires_grad_(False)
-        if self.weights:
-            for parameter in multiplied(self.model, self.graph).values():
-                parameter.requires_grad_()
+    def place(self, place: Place) -> None:
+        skeleton = self.network.skeleton if isinstance(self.network, Stored) else self.network
+        names = multiplied(skeleton, self.graph) if self.weights else {}
+        self.model = place(self.network, names, self._add_gradients)
+        self._parameters = {name: p for name, p in self.model.named_parameters() if name in names}
+        device = next((tensor.device for tensor in self.model.parameters()), torch.device("cpu"))
         self._indices = {
             (name, i): (site.index_CK if isinstance(site, Site) else torch.zeros(1, 1, dtype=torch.int64)).to(device)
             for name, sites in self.graph.gates().items()
@@ -127,15 +133,11 @@ class GateStatistics:
         }
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
-        """Sums over the rows: "gate_*" float64 [A], "grad_*/<tensor>" like the weight, "input_*/<tensor>" float64 [F] and int64 for
-        the count, "loss" float64, "rows" int64.
+        """Sums over the rows: "gate_*" float64 [A], "input_*/<tensor>" float64 [F] and int64 for the count, "loss" float64, "rows" int64.
 
         Raises:
-            SaliencyError: the gates of this network do not tell rows apart, or no gradient reaches them.
+            SaliencyError: no gradient reaches a gate.
         """
-        if not self._checked and len(labels_N) > 1:
-            self._require_rows_apart(images_NCHW[:3], labels_N[:3])
-            self._checked = True
         loss = self._run(images_NCHW, labels_N)
         sums: dict[str, Tensor] = {"rows": torch.tensor(len(labels_N), dtype=torch.int64), "loss": loss.double()}
         if self.segments:
@@ -144,10 +146,22 @@ class GateStatistics:
             sums["gate_abs"] = self._terms_NA.abs().sum(0)
             sums["gate_square"] = square_NA.sum(0)
             sums["gate_fourth"] = square_NA.square().sum(0)
-        if self.weights:
-            sums.update(self._weight_sums())
         sums.update(self._inputs)
         return sums
+
+    def collect(self) -> dict[str, Tensor]:
+        """ "grad_*/<tensor>" like the weight; zeros where no backward has come by."""
+        sums, self._weight_sums = self._weight_sums, {}
+        for kind, (name, parameter) in product(WEIGHT_KINDS, self._parameters.items()):
+            if f"{kind}/{name}" not in sums:
+                rows = local_rows(parameter)
+                sums[f"{kind}/{name}"] = torch.zeros_like(rows, dtype=torch.float32 if rows.dtype in HALF else None)
+        return sums
+
+    def idle(self, image_1CHW: Tensor) -> None:
+        """A row whose loss is zero: so are the gradients that are exchanged."""
+        ignored = -100
+        self._run(image_1CHW, torch.full((1,), ignored, device=image_1CHW.device))
 
     def _run(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
         """Forward and backward: fills the terms of every group, returns the summed loss."""
@@ -157,7 +171,7 @@ class GateStatistics:
             if self._copy or "inplace" not in str(error):
                 raise
             self._copy = True
-            self._drop_gradients()
+            self._weight_sums.clear()  # this network's first backward: nothing else is in there
             loss = self._backward(images_NCHW, labels_N)
         for name, sites in self.graph.gates().items():
             if name not in self._tapped:
@@ -170,7 +184,7 @@ class GateStatistics:
 
     def _backward(self, images_NCHW: Tensor, labels_N: Tensor) -> Tensor:
         sizes = self.graph.scored()
-        self._terms_NA = torch.zeros(len(labels_N), sum(sizes.values()), dtype=torch.float64, device=self._device)
+        self._terms_NA = torch.zeros(len(labels_N), sum(sizes.values()), dtype=torch.float64, device=images_NCHW.device)
         views = self._terms_NA.split([*sizes.values()], dim=1) if sizes else ()
         self._terms = dict(zip(sizes, views, strict=True))
         self._tapped, self._inputs = set(), {}
@@ -182,12 +196,12 @@ class GateStatistics:
                 loss.backward()
         return loss.detach()
 
-    def _drop_gradients(self) -> None:
-        for parameter in self.model.parameters():
-            parameter.grad = None
+    def check(self, images_NCHW: Tensor, labels_N: Tensor) -> None:
+        """A few rows together must give what they give alone: else the first axis of a consumer is not the rows'.
 
-    def _require_rows_apart(self, images_NCHW: Tensor, labels_N: Tensor) -> None:
-        """A few rows together must give what they give alone: else the first axis of a consumer is not the rows'."""
+        Raises:
+            SaliencyError: the gates of this network do not tell rows apart.
+        """
         self._run(images_NCHW, labels_N)
         together = self._terms
         alone: dict[str, list[Tensor]] = {}
@@ -195,7 +209,7 @@ class GateStatistics:
             self._run(images_NCHW[n : n + 1], labels_N[n : n + 1])
             for name, terms_NC in self._terms.items():
                 alone.setdefault(name, []).append(terms_NC)
-        self._drop_gradients()
+        self._weight_sums.clear()
         narrow = next(self.model.parameters()).dtype in HALF
         for name, terms_NC in together.items():
             expected_NC = torch.cat(alone[name])
@@ -211,17 +225,17 @@ class GateStatistics:
     def _watching(self) -> Iterator[None]:
         """Inside, one hook per consumer module, whichever groups it reads; a mode for the calls that modules make by themselves."""
         taps: dict[str, list[SiteOf]] = {}
-        calls: dict[Place, dict[int, list[SiteOf]]] = {}
+        gated: dict[calls.Place, dict[int, list[SiteOf]]] = {}
         for name, sites in self.graph.gates().items():
             for i, site in enumerate(sites):
                 if site.call is None:
                     taps.setdefault(site.module, []).append((name, i, site))
                 else:
                     call, operand, function = site.call
-                    calls.setdefault((site.module, call, function), {}).setdefault(operand, []).append((name, i, site))
+                    gated.setdefault((site.module, call, function), {}).setdefault(operand, []).append((name, i, site))
         handles = []
         try:
-            with in_calls(self.model, calls, self._gated):
+            with in_calls(self.model, gated, self._gated):
                 for name, own in taps.items():
                     handles.append(self.model.get_submodule(name).register_forward_pre_hook(self._hook(own)))
                 for name, module in contractions(self.model, self.graph).items() if self.inputs else ():
@@ -265,15 +279,13 @@ class GateStatistics:
             )
         return terms if len(terms) == num_rows else terms.reshape(num_rows, -1, terms.shape[1]).sum(1)
 
-    def _weight_sums(self) -> dict[str, Tensor]:
-        sums = {}
-        for name, parameter in multiplied(self.model, self.graph).items():
-            grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    @torch.no_grad()
+    def _add_gradients(self, name: str, grads: Sequence[Tensor]) -> None:
+        """Each is the gradient of a micro-batch."""
+        for grad in grads:
             grad = grad.float() if grad.dtype in HALF else grad
-            values = (grad, grad.abs(), grad.square())
-            sums.update({f"{kind}/{name}": value for kind, value in zip(WEIGHT_KINDS, values, strict=True)})
-            parameter.grad = None
-        return sums
+            for kind, value in zip(WEIGHT_KINDS, (grad, grad.abs(), grad.square()), strict=True):
+                add_(self._weight_sums, {f"{kind}/{name}": value.clone() if value._is_view() else value})
 
 
 def multiplied(model: nn.Module, graph: Graph) -> dict[str, nn.Parameter]:
@@ -337,16 +349,30 @@ def accumulate(
     grads = {name: (p.requires_grad, p.grad) for name, p in model.named_parameters()}
     device = next(model.parameters()).device
     task = GateStatistics(model, graph, weights=weights, inputs=inputs)
+    handles: list[RemovableHandle] = []
     sums: dict[str, Tensor] = {}
+
+    def in_its_place(network: Network, names: Collection[str] = (), take: Take | None = None) -> nn.Module:
+        model.eval().requires_grad_(False)
+        if take is not None:
+            handles.extend(hand_over(model, names, take))
+        return model
+
     try:
         for p in model.parameters():
             p.grad = None
         with eval_mode(model):
-            task.to(device)
-            for images, labels in batches:
-                for name, value in task(images.to(device), labels.to(device)).items():
-                    sums[name] = sums[name] + value if name in sums else value
+            task.place(in_its_place)
+            checked = False
+            for images, labels in ((images.to(device), labels.to(device)) for images, labels in batches):
+                if not checked and len(labels) > 1:
+                    task.check(images[:3], labels[:3])
+                    checked = True
+                add_(sums, task(images, labels))
+            sums |= task.collect()
     finally:
+        for handle in handles:
+            handle.remove()
         for name, p in model.named_parameters():
             p.requires_grad_(grads[name][0])
             p.grad = grads[name][1]

@@ -17,7 +17,15 @@ from pipeline.stages.planning import check_blocks, check_stop, kinds_needed, pla
 from pipeline.stages.quantising import quantise
 from pipeline.stages.results import evaluate_after, evaluate_before, export, export_forms, latency, onnx_latency
 from pipeline.stages.scoring import curvature, score, trace_groups
-from pipeline.stages.training import check_methods, dense, recover, sparsify, sparsify_inputs, training_order
+from pipeline.stages.training import (
+    check_methods,
+    check_shards,
+    dense,
+    recover,
+    sparsify,
+    sparsify_inputs,
+    training_order,
+)
 
 SHARED = {
     "dense": ["networks/dense.safetensors", "networks/dense-statistics.safetensors"],
@@ -101,6 +109,7 @@ def check_early(run: Run) -> None:
     artifacts.probe_writable(run.dir)
     require_rounds(run)
     check_methods(goal)
+    check_shards(goal)
     kinds_needed(goal)
     check_masks(goal)
     check_stop(goal)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from pipeline.data.units import Units
+from pipeline.models.sharding import Network
 from pipeline.run import Run
 from pipeline.stages.masking import before_calibration, masks_inputs
 from pipeline.stages.planning import cut_inputs, networks
@@ -21,8 +22,10 @@ def calibrate(run: Run) -> None:
     inputs = run.pass_inputs(run.train_rows, units, batch_size, **made_from) if units else {**made_from, "batches": 0}
 
     def work() -> None:
-        models = {name: run.network(before_calibration(run, name), plan=name) for name in networks(run)}
-        for name, model in reestimated(run, "calibrate", models).items():
+        files = {name: before_calibration(run, name) for name in networks(run)}
+        models = {name: run.network(file, plan=name) for name, file in files.items()}
+        sent = {name: run.sent(file, plan=name) for name, file in files.items()}
+        for name, model in reestimated(run, "calibrate", models, sent).items():
             run.save_network(f"{name}-calibrated", model.state_dict())
 
     run.stage("calibrate", inputs, run.path("networks"), work)
@@ -35,15 +38,21 @@ def calibration_units(run: Run) -> Units | None:
     return Units(rows.row_groups, settings.batch_size, num_rows) if num_rows else None
 
 
-def reestimated(run: Run, stage: str, models: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """Copies of the networks with statistics of their own, by a pass over the data in `stage`; as they are where there is nothing to do."""
+def reestimated(
+    run: Run, stage: str, models: Mapping[str, nn.Module], sent: Mapping[str, Network] | None = None
+) -> dict[str, nn.Module]:
+    """Copies of the networks with statistics of their own, by a pass over the data in `stage`; as they are where there is nothing to do.
+
+    Args:
+        sent: the same networks as workers get them; empty: as they are.
+    """
     units = calibration_units(run)
     normed = {name: model for name, model in models.items() if batch_norms(model)}
     if units is None or not normed:
         return {**models}
     result = run.data_pass(
         stage,
-        BatchNormStatistics(normed),
+        BatchNormStatistics({name: (sent or models)[name] for name in normed}),
         run.train_rows,
         units,
         micro_batch=run.config.calibrate.batch_size,

@@ -33,7 +33,7 @@ from pipeline.saliency.curvature import CURVATURE_KINDS
 from pipeline.stages.calibrating import calibration_units
 from pipeline.stages.planning import channel_budget, kinds_needed, networks
 from pipeline.stages.scoring import kinds_stored
-from pipeline.stages.training import recovered, training_order
+from pipeline.stages.training import recovered, training_order, training_workers
 from pipeline.training.calibrate import batch_norms
 from pipeline.training.loop import Record
 
@@ -121,7 +121,7 @@ def _training(run: Run, settings: TrainingConfig, network: float) -> tuple[Part,
     """The teacher is the dense network."""
     rows = training_order(run, settings).steps_per_epoch * settings.batch_size * settings.epochs
     forwards = FORWARDS[TRAINING] * network + (TEACHER if settings.distill_weight else 0.0)
-    return (Part(TRAINING, rows, forwards, min(run.num_workers, settings.num_streams)),)
+    return (Part(TRAINING, rows, forwards, training_workers(run, settings)),)
 
 
 # --- what is measured -------------------------------------------------------------------------------------------------
@@ -176,7 +176,7 @@ class Forecaster(Watcher):
             seen.rows_before, seen.seconds_before = rows, last["seconds"]
         seen.records = len(history)
         settings = {"dense": run.config.train, "sparsify": run.config.sparsify}.get(stage, run.config.recover)
-        workers = min(run.num_workers, settings.num_streams)
+        workers = training_workers(run, settings)
         since = (rows - seen.rows_before, last["seconds"] - seen.seconds_before)
         seen.rows, seconds = since if since[0] else (rows, last["seconds"])
         seen.worker_seconds = seconds * workers

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 from pipeline import artifacts
 from pipeline.data.units import Units
 from pipeline.export import artifact, onnx
+from pipeline.models.sharding import Network
 from pipeline.run import Run
 from pipeline.stages.planning import cut_inputs, networks
 from pipeline.stages.training import recovered
@@ -39,8 +40,8 @@ def evaluate(run: Run, stage: str, file: str, models: dict[str, tuple[str, str |
     def home(plan: str | None) -> Run:
         return run.first if plan is None else run
 
-    def load() -> dict[str, nn.Module]:
-        return {name: home(plan).network(weights, plan) for name, (weights, plan) in models.items()}
+    def load() -> dict[str, Network]:
+        return {name: home(plan).sent(weights, plan) for name, (weights, plan) in models.items()}
 
     made_from = {name: home(plan).weights_sha256(weights) for name, (weights, plan) in models.items()}
     evaluate_networks(run, stage, file, load, reference="dense", weights=made_from)
@@ -50,7 +51,7 @@ def evaluate_networks(
     run: Run,
     stage: str,
     file: str,
-    load: Callable[[], dict[str, nn.Module]],
+    load: Callable[[], Mapping[str, Network]],
     *,
     reference: str,
     weights: dict[str, Any],

@@ -85,7 +85,7 @@ def score(run: Run) -> None:
 
     def work() -> None:
         options = {"weights": "weights" in kinds, "inputs": "inputs" in kinds}
-        task = GateStatistics(run.network(run.parent), graph, **options)
+        task = GateStatistics(run.sent(run.parent), graph, **options)
         results: list[PassResult] = []
         into = run.path("saliency", "statistics.safetensors")
         for stride in _strides(settings.stop_when_stable, len(units)):

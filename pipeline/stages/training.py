@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 
 from pipeline import artifacts
 from pipeline.artifacts import StorageError
@@ -16,10 +16,12 @@ from pipeline.config import TrainingConfig
 from pipeline.data.stream import Augmentation, TrainingOrder, training_loader
 from pipeline.execution.ledger import digest
 from pipeline.execution.train import fit
+from pipeline.models.sharding import Network, Stored
 from pipeline.pruning import allocation
 from pipeline.report.events import EventFile
 from pipeline.report.progress import progress
 from pipeline.run import Run
+from pipeline.saliency.curvature import CURVATURE_KINDS
 from pipeline.stages.calibrating import calibration_inputs, reestimated
 from pipeline.stages.masking import weight_target
 from pipeline.stages.planning import budget_inputs, channel_budget, kinds_needed, networks, one_budget
@@ -47,7 +49,11 @@ def dense(run: Run) -> None:
             run.save_network("dense", model.state_dict())
             return
         policies = [Movement] if movement else []
-        _keep(run, "dense", run_training(run, "dense", training, model, teacher=None, policies=policies))
+        network: Network = model
+        if run.config.workers.shard_over > 1:
+            run.save_network("initial", model.state_dict())
+            network = run.stored("initial")
+        _keep(run, "dense", run_training(run, "dense", training, network, teacher=None, policies=policies))
 
     run.stage("dense", inputs, run.path("networks", "dense.safetensors"), work)
 
@@ -101,6 +107,35 @@ def unmet_aim(last: Record) -> str | None:
         f"{last['remains']:.1%} is not zero, the aim is {last['aim']:.1%}; what is removed has some weight left. Raise sparsify.strength "
         "or sparsify.epochs to get there."
     )
+
+
+def check_shards(run: Run) -> None:
+    """What needs whole weights on every worker does not go where workers hold networks together; and so it shows before everything."""
+    workers, settings = run.config.workers, run.config
+    if workers.shard_over == 1:
+        return
+    if workers.num_workers is not None and workers.num_workers % workers.shard_over:
+        raise ValueError(
+            f"workers.shard_over ({workers.shard_over}) workers hold a network together, and workers.num_workers ({workers.num_workers}) is no "
+            "multiple of that. Change one of them."
+        )
+    for training in ("train", "recover"):
+        streams = getattr(settings, training).num_streams
+        if getattr(settings, training).epochs and streams < workers.shard_over:
+            raise ValueError(
+                f"workers.shard_over ({workers.shard_over}) workers train together, and {training}.num_streams ({streams}) feeds fewer. Raise it."
+            )
+    kinds = kinds_needed(run)
+    wrong = {
+        f"sparsify.method ({', '.join(settings.sparsify.method)})": bool(settings.sparsify.method),
+        "criterion movement": "movement" in kinds,
+        "a criterion that multiplies with the Hessian (obd, grasp)": bool(kinds & {*CURVATURE_KINDS}),
+    }
+    for what in (what for what, there in wrong.items() if there):
+        raise ValueError(
+            f"{what} needs whole weights on every worker, and with workers.shard_over ({workers.shard_over}) each has some rows of them. Set it "
+            "to 1, or choose another method."
+        )
 
 
 def check_methods(run: Run) -> None:
@@ -166,8 +201,8 @@ def recover(run: Run) -> None:
         stage = "recover" if name == "ours" else f"recover-{name}"
 
         def work(name: str = name, stage: str = stage) -> None:
-            model = run.network(f"{name}-calibrated", plan=name)
-            teacher = run.first.network("dense") if settings.distill_weight else None
+            model = run.sent(f"{name}-calibrated", plan=name)
+            teacher = run.first.sent("dense") if settings.distill_weight else None
             masks = run.weight_masks(name)
             policies = [partial(Masked, masks=masks)] if masks else []
             result = run_training(run, stage, settings, model, teacher, policies=policies)
@@ -199,8 +234,8 @@ def run_training(
     run: Run,
     stage: str,
     training: TrainingConfig,
-    model: nn.Module,
-    teacher: nn.Module | None,
+    model: Network,
+    teacher: Network | None,
     *,
     policies: Sequence[MakePolicy] = (),
 ) -> TrainResult:
@@ -222,7 +257,7 @@ def run_training(
         log_every_steps=max(1, min(50, order.steps_per_epoch // 4)),
         **training.model_dump(include=SHARED_SETTINGS),
     )
-    num_workers = min(run.num_workers, training.num_streams)
+    num_workers = training_workers(run, training)
     make_batches = partial(
         worker_batches,
         run.train_rows,
@@ -257,9 +292,10 @@ def run_training(
             settings,
             steps_per_epoch=order.steps_per_epoch,
             policies=policies,
-            fingerprint=artifacts.sha256_of({**training_inputs(run, training), "model": digest(model.state_dict())}),
+            fingerprint=artifacts.sha256_of({**training_inputs(run, training), "model": digest(_weights(model))}),
             directory=run.scratch("checkpoints", stage),
             num_workers=num_workers,
+            shard_over=config.workers.shard_over,
             use_gpu=run.device == "cuda",
             threads=config.workers.threads,
             max_failures=config.workers.max_failures,
@@ -267,6 +303,16 @@ def run_training(
         )
     tell_tensorboard(result.history)  # also of a training that was over before, when the driver died
     return result
+
+
+def training_workers(run: Run, training: TrainingConfig) -> int:
+    """As many as there are streams for, in whole lines of those that hold a network together."""
+    shard_over = run.config.workers.shard_over
+    return max(shard_over, min(run.num_workers, training.num_streams) // shard_over * shard_over)
+
+
+def _weights(network: Network) -> Mapping[str, Tensor]:
+    return artifacts.read_tensors(network.path) if isinstance(network, Stored) else network.state_dict()
 
 
 SHARED_SETTINGS = {

@@ -16,6 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pipeline.models.sharding import Network
+from pipeline.models.task import Place, Task
+
 MEAN, VAR, COUNT = "mean", "var", "count"
 
 
@@ -28,30 +31,31 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
-class BatchNormStatistics:
-    """Task: sums over micro-batches of each batch norm's batch mean and variance, for each of `models`.
+class BatchNormStatistics(Task):
+    """Sums over micro-batches of each batch norm's batch mean and variance, for each of `models`.
 
     Every batch norm normalises with the micro-batch's own statistics, so that each layer sees what it would in
     training; everything else (dropout, drop path) is in eval mode.
     """
 
-    nested: frozenset[str] = frozenset()
-    segments: Mapping[str, tuple[int, ...]] = {}
-
-    def __init__(self, models: Mapping[str, nn.Module]) -> None:
+    def __init__(self, networks: Mapping[str, Network]) -> None:
         """
         Args:
-            models: by name; copied.
+            networks: by name; copied.
         """
-        self.models = {name: copy.deepcopy(model).eval() for name, model in models.items()}
+        self.networks = copy.deepcopy(dict(networks))
+        self.models: dict[str, nn.Module] = {}
+        """The networks where they were placed."""
+
+    def place(self, place: Place) -> None:
+        self.models = {name: place(network) for name, network in self.networks.items()}
         for model in self.models.values():
             for layer in batch_norms(model).values():
                 layer.train()
                 layer.momentum = 1.0  # then the running statistics are exactly those of the last micro-batch
 
-    def to(self, device: torch.device, memory_format: torch.memory_format = torch.preserve_format) -> None:
-        for model in self.models.values():
-            model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+    def idle(self, image_1CHW: Tensor) -> None:
+        self(image_1CHW.expand(2, -1, -1, -1), image_1CHW.new_zeros(2))  # one row may have no variance
 
     @torch.no_grad()
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:

@@ -35,7 +35,7 @@ from torch.distributed.tensor import DTensor
 
 from pipeline import artifacts
 from pipeline.artifacts import StaleArtifact, StorageError
-from pipeline.training.sharding import together
+from pipeline.models.sharding import together
 
 logger = logging.getLogger(__name__)
 

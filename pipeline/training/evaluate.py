@@ -12,30 +12,31 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pipeline.models.sharding import Network
+from pipeline.models.task import Place, Task
+
 TOP_K = 5
 
 
-class Evaluation:
-    """Task: the sums that accuracy is made of, for each of `models`, on the same decoded images."""
+class Evaluation(Task):
+    """The sums that accuracy is made of, for each of `models`, on the same decoded images."""
 
-    nested: frozenset[str] = frozenset()
-    segments: Mapping[str, tuple[int, ...]] = {}
-
-    def __init__(self, models: Mapping[str, nn.Module], num_classes: int, reference: str | None = None) -> None:
+    def __init__(self, networks: Mapping[str, Network], num_classes: int, reference: str | None = None) -> None:
         """
         Args:
-            models: by name; copied. Each gives logits [N, num_classes].
+            networks: by name; copied. Each gives logits [N, num_classes].
             num_classes: C.
             reference: name of the model that the others' predictions are compared with; None: no comparison.
         """
-        if reference is not None and reference not in models:
-            raise ValueError(f"reference is {reference!r}. Known models: {', '.join(models)}.")
-        self.models = {name: copy.deepcopy(model).eval() for name, model in models.items()}
+        if reference is not None and reference not in networks:
+            raise ValueError(f"reference is {reference!r}. Known models: {', '.join(networks)}.")
+        self.networks = copy.deepcopy(dict(networks))
+        self.models: dict[str, nn.Module] = {}
+        """The networks where they were placed."""
         self.num_classes, self.reference = num_classes, reference
 
-    def to(self, device: torch.device, memory_format: torch.memory_format = torch.preserve_format) -> None:
-        for model in self.models.values():
-            model.to(device, memory_format=memory_format)  # type: ignore[call-overload]
+    def place(self, place: Place) -> None:
+        self.models = {name: place(network) for name, network in self.networks.items()}
 
     @torch.no_grad()
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:

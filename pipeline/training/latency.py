@@ -6,6 +6,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -27,7 +28,7 @@ def measure_latency(
     """Median time of an eval forward in float32, channels_last.
 
     Args:
-        models: by name; copied.
+        models: by name; copied. One that does not fit the device is left out.
         input_shape: of one row, for example (3, 224, 224).
         batch_sizes: rows in one forward.
         device: CPU by default, with as many threads as torch has now.
@@ -40,9 +41,10 @@ def measure_latency(
     device = device or torch.device("cpu")
     on_cuda = device.type == "cuda"
     memory_format = torch.channels_last if len(input_shape) == 3 else torch.contiguous_format
-    placed = {
-        name: copy.deepcopy(model).eval().to(device).to(memory_format=memory_format) for name, model in models.items()
-    }
+    placed: dict[str, nn.Module] = {}
+    for name, model in models.items():
+        with suppress(torch.OutOfMemoryError):
+            placed[name] = copy.deepcopy(model).eval().to(device).to(memory_format=memory_format)
     generator = torch.Generator().manual_seed(0)
     by_batch: dict[str, Any] = {}
     for size in batch_sizes:

@@ -4,7 +4,7 @@ A step is one global batch. Each rank computes its share, and the shares may be 
 that the averaged gradient is that of the mean over the global batch. Batch-norm statistics are those of rank 0,
 broadcast before each forward; exact ones over all rows come from `training.calibrate`.
 
-Each rank holds the whole network (DDP), or `shard_over` of them hold one together (FSDP2, `training.sharding`): the same steps, checkpoints
+Each rank holds the whole network (DDP), or `shard_over` of them hold one together (FSDP2, `models.sharding`): the same steps, checkpoints
 that the other can go on from, and sums that round differently.
 
 With the same number of workers, a resumed run equals the undisturbed one bit for bit: on CPUs with the same number of
@@ -25,11 +25,12 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeline import artifacts
+from pipeline.models.sharding import Network, together, write_result
 from pipeline.training import checkpoint
 from pipeline.training.policy import MakePolicy, Policies, Training, require_agreement, require_zeros, shares_of_zeros
+from pipeline.training.rows import on_rows, require_rows, shares_in_rows
 from pipeline.training.schedule import build_ema, build_optimizer, build_schedule, sum_of_rates
 from pipeline.training.settings import TrainSettings
-from pipeline.training.sharding import Network, on_rows, require_rows, together, write_result
 from pipeline.training.step import Learner, mixed_seed
 
 Record = dict[str, Any]
@@ -253,7 +254,7 @@ class _Run:
             return {}
         masks, sharded = self.policy.masks(), self.learner.sharded
         if sharded is not None:
-            (zeros, _), layers = sharded.shares_of_zeros(masks)
+            (zeros, _), layers = shares_in_rows(sharded, masks)
         else:
             (zeros, _), layers = shares_of_zeros(dict(self.learner.model.named_parameters()), masks)
         return {**self.policy.figures(), "zeros": zeros, "layers": layers}

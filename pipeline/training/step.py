@@ -10,9 +10,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeline.models.sharding import Network, Sharded, build_mesh, explained, whole
 from pipeline.training.distillation import student_loss
 from pipeline.training.settings import TrainSettings
-from pipeline.training.sharding import Network, Sharded, build_mesh, explained, whole
 
 
 class Learner:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -17,17 +17,14 @@ from pipeline.execution.coordinator import Done
 from pipeline.execution.drive import LocalPool, PassFailed, PassResult, run_pass
 from pipeline.execution.ledger import Ledger
 from pipeline.execution.worker import Pass
+from pipeline.models.task import Task
 from tests.data.making import image, write_parquet
 
 
-class Brightness:
+class Brightness(Task):
     """Rows, and the sum of their red values."""
 
     nested = frozenset({"red", "rows"})
-    segments: ClassVar = {}
-
-    def to(self, device: torch.device, memory_format: torch.memory_format) -> None:
-        del device, memory_format
 
     def __call__(self, images_NCHW: Tensor, labels_N: Tensor) -> dict[str, Tensor]:
         return {"rows": torch.tensor(len(labels_N)), "red": images_NCHW[:, 0].double().mean((1, 2)).sum()}

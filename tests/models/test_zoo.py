@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch import nn
 
@@ -86,6 +87,20 @@ def test_weights_by_name_come_back_bit_for_bit(tmp_path, kind):
         torch.save({"state_dict": weights, "epoch": 3} if kind == "state_dict" else weights, path)
     loaded = build(OWN, checkpoint=path).state_dict()
     assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")  # what saves
+@pytest.mark.parametrize("prefix", [None, "model"])
+def test_a_directory_of_a_distributed_checkpoint_is_loaded_and_told_from_another(tmp_path, prefix):
+    torch.manual_seed(1)
+    weights = tiny().state_dict()
+    state = {prefix: weights, "optim": {"step": torch.ones(1)}} if prefix else weights
+    dcp.save(state, checkpoint_id=str(tmp_path / "a"), no_dist=True)
+    loaded = build(OWN, checkpoint=str(tmp_path / "a")).state_dict()
+    assert all(torch.equal(loaded[name], weights[name]) for name in weights)
+    first = zoo.checkpoint_sha256(str(tmp_path / "a"))
+    (tmp_path / "a" / "more").write_text("x")
+    assert zoo.checkpoint_sha256(str(tmp_path / "a")) != first
 
 
 def test_weights_under_other_names_are_taken_by_position(tmp_path):

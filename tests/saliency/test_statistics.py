@@ -248,6 +248,7 @@ def test_a_value_that_rounds_to_the_other_side_of_a_relu_is_no_mixing_of_rows(se
     model = timm.create_model("resnet50", num_classes=10).to(memory_format=torch.channels_last)
     task = GateStatistics(model, propagate(model, images[:1]))
     task.to(torch.device("cpu"), torch.channels_last)
+    task.check(images, labels)
     assert task(images, labels)["rows"] == 3
 
 

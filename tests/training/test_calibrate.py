@@ -17,6 +17,15 @@ def add(parts: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {key: torch.stack([part[key] for part in parts]).sum(0) for key in parts[0]}
 
 
+CPU = torch.device("cpu")
+
+
+def statistics(model: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    task = BatchNormStatistics({"m": model})
+    task.to(CPU)
+    return task(images, labels)
+
+
 def two_norms() -> nn.Module:
     torch.manual_seed(2)
     return nn.Sequential(
@@ -27,6 +36,7 @@ def two_norms() -> nn.Module:
 def test_statistics_of_a_hand_worked_batch():
     # Values 1, 3, 5, 7 of one channel: mean 4, unbiased variance (9 + 1 + 1 + 9) / 3.
     task = BatchNormStatistics({"m": nn.Sequential(nn.BatchNorm2d(1))})
+    task.to(CPU)
     sums = task(torch.tensor([[1.0, 3.0], [5.0, 7.0]])[:, None, None], torch.zeros(2))
     assert sums["m/0/mean"].tolist() == [4.0]
     assert sums["m/0/var"].item() == pytest.approx(20 / 3)
@@ -45,6 +55,7 @@ def test_equals_torchs_own_cumulative_average():
     for batch in batches:
         direct(batch)
     task = BatchNormStatistics({"m": model})
+    task.to(CPU)
     calibrated = apply_statistics(model, add([task(batch, torch.zeros(6)) for batch in batches]), "m")
     for name, tensor in direct.state_dict().items():
         assert_close(calibrated.state_dict()[name], tensor, rtol=1e-5, atol=1e-6)
@@ -54,6 +65,7 @@ def test_models_share_a_pass_and_none_is_changed():
     models = {"a": two_norms().train(), "b": toy_model().eval()}
     before = {name: copy.deepcopy(model.state_dict()) for name, model in models.items()}
     task = pickle.loads(pickle.dumps(BatchNormStatistics(models)))
+    task.to(CPU)
     images = torch.randn(4, 3, 8, 8)
     sums = task(images, torch.zeros(4))
     assert {key.split("/")[0] for key in sums} == {"a", "b"}
@@ -70,7 +82,7 @@ def test_broken_old_statistics_are_replaced():
     model = nn.Sequential(nn.BatchNorm2d(2))
     model[0].running_mean.fill_(float("nan"))
     model[0].running_var.fill_(float("inf"))
-    sums = BatchNormStatistics({"m": model})(torch.randn(4, 2, 3, 3), torch.zeros(4))
+    sums = statistics(model, torch.randn(4, 2, 3, 3), torch.zeros(4))
     fixed = apply_statistics(model, sums, "m")
     assert bool(fixed[0].running_mean.isfinite().all())
     assert bool(fixed[0].running_var.isfinite().all())
@@ -85,7 +97,7 @@ def test_layer_used_twice_counts_twice():
         def forward(self, x: Tensor) -> Tensor:
             return self.norm(self.norm(x) + 7)
 
-    sums = BatchNormStatistics({"m": Twice()})(torch.tensor([[1.0, 3.0]])[:, None, None], torch.zeros(1))
+    sums = statistics(Twice(), torch.tensor([[1.0, 3.0]])[:, None, None], torch.zeros(1))
     assert sums["m/norm/count"] == 2
     assert sums["m/norm/mean"].item() == pytest.approx(2 + 7)
 
@@ -101,14 +113,14 @@ def test_layer_that_no_forward_called_keeps_its_statistics():
 
     model = Unused()
     model.other.running_mean.fill_(5.0)
-    sums = BatchNormStatistics({"m": model})(torch.randn(4, 1, 2, 2), torch.zeros(4))
+    sums = statistics(model, torch.randn(4, 1, 2, 2), torch.zeros(4))
     assert apply_statistics(model, sums, "m").other.running_mean.item() == 5.0
 
 
 def test_errors_name_what_is_missing():
     model = nn.Sequential(nn.BatchNorm2d(1))
     with pytest.raises(ValueError, match=r"1 image\(s\) leave one value per channel in a batch norm of model 'm'"):
-        BatchNormStatistics({"m": model})(torch.randn(1, 1, 1, 1), torch.zeros(1))
-    sums = BatchNormStatistics({"m": model})(torch.randn(4, 1, 1, 1), torch.zeros(4))
+        statistics(model, torch.randn(1, 1, 1, 1), torch.zeros(1))
+    sums = statistics(model, torch.randn(4, 1, 1, 1), torch.zeros(4))
     with pytest.raises(ValueError, match=r"no statistics of batch norm '0' of model 'n'. There are some of: m"):
         apply_statistics(model, sums, "n")

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from pipeline.training.evaluate import Evaluation, summarise
 
+CPU = torch.device("cpu")
+
 
 class Logits(nn.Module):
     """Gives the images' own numbers, times a factor: logits are chosen by the test."""
@@ -27,6 +29,7 @@ def rows(*logits: list[float]) -> Tensor:
 
 def test_sums_of_hand_worked_logits():
     task = Evaluation({"dense": Logits(), "pruned": Logits(-1.0)}, num_classes=3, reference="dense")
+    task.to(CPU)
     images = rows([2.0, 0.0, 1.0], [0.0, 3.0, 1.0], [0.0, 0.0, 0.0])
     sums = task(images, torch.tensor([0, 2, 1]))
     assert sums["rows"] == 3
@@ -44,6 +47,7 @@ def test_sums_of_hand_worked_logits():
 
 def test_top5_is_among_the_five_largest():
     task = Evaluation({"a": Logits()}, num_classes=7)
+    task.to(CPU)
     sums = task(rows([7.0, 6.0, 5.0, 4.0, 3.0, 2.0, 1.0]).repeat(3, 1, 1, 1), torch.tensor([0, 4, 5]))
     assert (int(sums["a/top1"]), int(sums["a/top5"])) == (1, 2)
     assert "a/agree" not in sums
@@ -51,6 +55,7 @@ def test_top5_is_among_the_five_largest():
 
 def test_sums_add_up_over_micro_batches_and_mean_what_they_say():
     task = Evaluation({"a": Logits()}, num_classes=3)
+    task.to(CPU)
     parts = [
         task(rows([1.0, 0.0, 0.0], [0.0, 1.0, 0.0]), torch.tensor([0, 0])),
         task(rows([0.0, 0.0, 1.0]), torch.tensor([1])),
@@ -64,6 +69,7 @@ def test_sums_add_up_over_micro_batches_and_mean_what_they_say():
 def test_task_survives_the_way_to_a_worker_and_leaves_models_in_their_mode():
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(4, 2)).train()
     task = pickle.loads(pickle.dumps(Evaluation({"a": model}, num_classes=2)))
+    task.to(CPU)
     images, labels = torch.ones(2, 1, 2, 2), torch.tensor([0, 1])
     assert task(images, labels)["a/loss"] == task(images, labels)["a/loss"]  # dropout is off
     assert model.training
@@ -71,6 +77,7 @@ def test_task_survives_the_way_to_a_worker_and_leaves_models_in_their_mode():
 
 def test_what_cannot_be_counted_is_refused():
     task = Evaluation({"a": Logits()}, num_classes=3)
+    task.to(CPU)
     with pytest.raises(ValueError, match="labels reach from 0 to 3, the models have 3 classes"):
         task(rows([0.0, 0.0, 0.0], [0.0, 0.0, 0.0]), torch.tensor([0, 3]))
     with pytest.raises(ValueError, match=r"model 'a' gives \(1, 2\) for 1 images of 3 classes"):

@@ -23,11 +23,12 @@ from torch import Tensor, nn
 
 from pipeline import artifacts
 from pipeline.artifacts import StorageError
-from pipeline.training import checkpoint, sharding
+from pipeline.models import sharding
+from pipeline.models.sharding import Network, Sharded, Stored, build_mesh, skeleton_of, units, whole
+from pipeline.training import checkpoint
 from pipeline.training.dynamic import Masked
 from pipeline.training.loop import TrainResult, train
 from pipeline.training.policy import Movement
-from pipeline.training.sharding import Network, Sharded, Stored, build_mesh, skeleton_of, units, whole
 from tests.object_store import ObjectStore
 from tests.training.toy import CLASSES, STEPS, Killed, ToyBatches, same_tensors, toy_model, toy_settings, without_times
 

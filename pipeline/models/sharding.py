@@ -17,26 +17,24 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import pickle
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pipeline import artifacts
 from pipeline.artifacts import StorageError
-from pipeline.training.dynamic import Masked
-from pipeline.training.policy import NEAR_ZERO, MakePolicy, Shares, Training, require_agreement
 
 MIN_ELEMENTS = 1 << 18
 """Of a unit. A smaller module is gathered with what surrounds it: it saves less memory than another collective costs time."""
@@ -75,6 +73,22 @@ def whole(network: Network) -> nn.Module:
     model = copy.deepcopy(network.skeleton)
     with _values(network) as read:
         _fill_(model, lambda name, empty: read(name, empty, None))
+    return model
+
+
+def mapped(network: Stored) -> nn.Module:
+    """The network on the CPU with its values mapped into memory: of a local file each is read when it is looked at, and given up when
+    memory is short. Of another place they are fetched."""
+    tensors = artifacts.read_tensors(network.path)
+    aliases, model = _aliases(network.skeleton), copy.deepcopy(network.skeleton)
+
+    def value(name: str, empty: Tensor) -> Tensor:
+        found = next((tensors[alias] for alias in aliases[name] if alias in tensors), None)
+        _require_shape(network.path, name, empty, None if found is None else found.shape)
+        assert found is not None
+        return found.to(empty.dtype)
+
+    _fill_(model, value)
     return model
 
 
@@ -286,6 +300,40 @@ class Sharded:
                 grad /= self.world_size
             rows.grad = None if grad is None else local_rows(grad)
 
+    def hand_over(self, names: Collection[str], take: Callable[[str, Sequence[Tensor]], None]) -> None:
+        """From now on a backward hands over the gradients of these parameters, one of each rank and in their order, this rank's rows of
+        them; they are not averaged. The others get none. All ranks do this at the same time, once.
+
+        What FSDP would sum over the ranks is exchanged instead, which sends as much; so |g| and g^2 of each rank's micro-batch are known.
+        """
+        self.replica.requires_grad_(False)
+        for name, parameter in self.replica.named_parameters():
+            parameter.requires_grad_(name in names)
+        for module in self.replica.modules() if names else ():
+            if not isinstance(module, FSDPModule):
+                continue
+            module.unshard()  # makes the parameters that will have the gradients, once for all
+            for name, parameter in self.replica.named_parameters():
+                if name in names and not isinstance(parameter, DTensor) and name in self.shapes:
+                    parameter.register_post_accumulate_grad_hook(partial(self._hand_over, name, take))
+            module.reshard()
+
+    def _hand_over(self, name: str, take: Callable[[str, Sequence[Tensor]], None], parameter: Tensor) -> None:
+        grad, parameter.grad = parameter.grad, None
+        assert grad is not None
+        take(name, self._exchanged(grad))
+
+    def _exchanged(self, tensor: Tensor) -> Sequence[Tensor]:
+        """This rank's rows of the tensors that all ranks have, in the order of the ranks."""
+        each = -(-len(tensor) // self.size)
+        bounds = [min(each * rank, len(tensor)) for rank in range(self.size + 1)]
+        row = tensor[0].numel()
+        sent = [(stop - start) * row for start, stop in pairwise(bounds)]
+        mine = sent[self.index]
+        received = tensor.new_empty(self.size * mine)
+        dist.all_to_all_single(received, tensor.contiguous().view(-1), [mine] * self.size, sent, group=self.group)
+        return received.view(self.size, mine // row, *tensor.shape[1:]).unbind()
+
     @torch.no_grad()
     def clip_grad_norm_(self, max_norm: float) -> None:
         """As torch's, over all ranks that hold the network."""
@@ -304,28 +352,6 @@ class Sharded:
         finite = torch.stack([parameter.isfinite().all() for parameter in named.values()]).int()
         dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         return next((name for name, ok in zip(named, finite.tolist(), strict=True) if not ok), None)
-
-    @torch.no_grad()
-    def shares_of_zeros(self, masks: Mapping[str, Tensor]) -> tuple[Shares, dict[str, Shares]]:
-        """See `policy.shares_of_zeros`: of the whole network, though each rank looks at its rows of weights and `masks` only."""
-        named = {name: p for name, p in self.rows.named_parameters() if p.dim() >= 2}
-        if not named:
-            return [0.0, 0.0], {}
-
-        def size(name: str) -> Tensor:
-            return named[name].abs() if name not in masks else named[name].abs().masked_fill(~masks[name], 0)
-
-        largest = torch.stack([size(n).max() if p.numel() else p.new_zeros(()) for n, p in named.items()]).float()
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=self.group)
-        found = [
-            torch.stack([(size(name) == 0).sum(), (size(name) <= NEAR_ZERO * most).sum()])
-            for name, most in zip(named, largest, strict=True)
-        ]
-        counts = torch.stack(found)
-        dist.all_reduce(counts, group=self.group)
-        numel = {name: math.prod(self.shapes[name]) for name in named}
-        layers = {n: [count / numel[n] for count in row] for n, row in zip(named, counts.tolist(), strict=True)}
-        return [total / sum(numel.values()) for total in counts.sum(0).tolist()], layers
 
     # --- rows and whole tensors ---------------------------------------------------------------------------------------
 
@@ -403,45 +429,6 @@ def local_rows(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-# --- policies ---------------------------------------------------------------------------------------------------------
-
-
-def require_rows(policies: Sequence[MakePolicy], shard_over: int) -> None:
-    """ValueError for a policy that needs whole weights, which ranks that hold a network together do not have."""
-    for make in policies:
-        kind = make.func if isinstance(make, partial) else make
-        if shard_over > 1 and kind is not Masked:
-            raise ValueError(
-                f"{getattr(kind, '__name__', kind)} needs whole weights, and shard_over ({shard_over}) leaves each rank with some rows of "
-                "them; of the policies only Masked works on rows. Train with shard_over=1, or prune without this method."
-            )
-
-
-def on_rows(policies: Sequence[MakePolicy], sharded: Sharded) -> list[MakePolicy]:
-    """The same policies, which `require_rows` has seen, for a network in rows."""
-    return [partial(MaskedRows, sharded=sharded, **make.keywords) for make in policies if isinstance(make, partial)]
-
-
-class MaskedRows(Masked):
-    """Masks that stay as they are, of which each rank keeps its rows."""
-
-    def __init__(self, training: Training, *, masks: Mapping[str, Tensor], sharded: Sharded) -> None:
-        require_agreement(masks, training.rank, training.world_size)
-        super().__init__(training, masks={n: sharded.cut(m) if n in sharded.shapes else m for n, m in masks.items()})
-        self.sharded = sharded
-
-    def shared(self) -> Mapping[str, Tensor]:
-        """Nothing: rows differ by rank, and masks that never change were compared at the start."""
-        return {}
-
-    def figures(self) -> dict[str, float]:
-        kept = sum((mask.sum() for mask in self._masks.values()), torch.zeros((), device=self.sharded.device))
-        numel = torch.tensor(float(sum(mask.numel() for mask in self._masks.values())), device=self.sharded.device)
-        counts = torch.stack([kept.double(), numel.double()])
-        dist.all_reduce(counts, group=self.sharded.group)
-        return {"masked": 1 - float(counts[0] / counts[1]) if counts[1] else 0.0}
-
-
 # --- values of a network ----------------------------------------------------------------------------------------------
 
 
@@ -474,6 +461,24 @@ def _values(network: Network) -> Iterator[Read]:
         yield lambda name, _, rows: (state[name] if rows is None else state[name][slice(*rows)]).cpu().clone()
 
 
+def _aliases(skeleton: nn.Module) -> dict[str, list[str]]:
+    """The names of each tensor of the network, by each of them."""
+    found: dict[str, list[str]] = {}
+    names: dict[int, list[str]] = {}
+    for name, value in skeleton.state_dict(keep_vars=True).items():
+        found[name] = names.setdefault(id(value), [])
+        found[name].append(name)
+    return found
+
+
+def _require_shape(path: str, name: str, empty: Tensor, shape: Sequence[int] | None) -> None:
+    if shape is None or list(shape) != list(empty.shape):
+        found = "nothing" if shape is None else list(shape)
+        raise ValueError(
+            f"{path} holds {found} for {name} {list(empty.shape)}: it is of another network. Store the network anew."
+        )
+
+
 class _TensorFile:
     """A safetensors file of which single rows are read."""
 
@@ -485,19 +490,12 @@ class _TensorFile:
         except ValueError as error:
             raise StorageError(f"{path} is no whole safetensors file ({error}). Remove it to make it anew.") from error
         self.start = 8 + length
-        self.aliases: dict[str, list[str]] = {}
-        names: dict[int, list[str]] = {}
-        for name, value in skeleton.state_dict(keep_vars=True).items():
-            self.aliases[name] = names.setdefault(id(value), [])
-            self.aliases[name].append(name)
+        self.aliases = _aliases(skeleton)
 
     def read(self, name: str, empty: Tensor, rows: tuple[int, int] | None) -> Tensor:
         stored = next((self.header[alias] for alias in self.aliases[name] if alias in self.header), None)
-        if stored is None or stored["shape"] != list(empty.shape):
-            found = "nothing" if stored is None else stored["shape"]
-            raise ValueError(
-                f"{self.path} holds {found} for {name} {list(empty.shape)}: it is of another network. Store the network anew."
-            )
+        _require_shape(self.path, name, empty, None if stored is None else stored["shape"])
+        assert stored is not None
         start, stop = rows or (0, len(empty) if empty.dim() else 1)
         shape = (stop - start, *empty.shape[1:]) if empty.dim() else ()
         tensor = torch.empty(shape, dtype=TORCH_DTYPES[stored["dtype"]])

@@ -1,0 +1,146 @@
+"""A team has the bits of a worker that holds everything: two gloo processes on the same rows, without Ray."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+import torch.multiprocessing as mp
+from torch import nn
+
+from pipeline import artifacts
+from pipeline.data.batches import Decoder
+from pipeline.data.rows import open_source
+from pipeline.data.units import Units
+from pipeline.execution.drive import LocalPool, PassResult, run_pass
+from pipeline.execution.ledger import Ledger
+from pipeline.execution.team import Member
+from pipeline.execution.worker import Pass
+from pipeline.models import sharding
+from pipeline.models.sharding import Network, Stored, skeleton_of
+from pipeline.models.task import Task
+from pipeline.models.trace import propagate
+from pipeline.saliency.exact import Grid
+from pipeline.saliency.statistics import GateStatistics
+from pipeline.training.calibrate import BatchNormStatistics
+from pipeline.training.evaluate import Evaluation
+from tests.data.making import image, write_parquet
+
+SIZE, CLASSES, ROWS = 64, 10, 44
+MEMBERS = 2
+
+
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    options = {"num_classes": CLASSES, "zero_init_last": False}
+    return timm.create_model("resnet18", **options).eval()
+
+
+def vit() -> nn.Module:
+    torch.manual_seed(0)
+    options = {"img_size": SIZE, "patch_size": 8, "depth": 3, "num_classes": CLASSES}
+    return timm.create_model("vit_tiny_patch16_224", **options).eval()
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {"resnet": resnet, "vit": vit}
+
+
+def scoring(model: nn.Module, network: Network) -> Task:
+    return GateStatistics(network, propagate(model, torch.zeros(1, 3, SIZE, SIZE)), weights=True, inputs=True)
+
+
+TASKS: dict[str, Callable[[nn.Module, Network], Task]] = {
+    "scoring": scoring,
+    "evaluation": lambda model, network: Evaluation({"dense": network}, CLASSES),
+    "batch norms": lambda model, network: BatchNormStatistics({"dense": network}),
+}
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A pass over 44 rows in units of 12 and micro-batches of 4: the last unit has two micro-batches, the others three."""
+
+    name: str
+    task: str
+    directory: Path
+
+    def work(self, place: str) -> Pass:
+        model = NETWORKS[self.name]()
+        path = self.directory / f"{self.name}.safetensors"
+        if not path.exists():
+            artifacts.write_tensors(str(path), model.state_dict())
+        source = open_source(str(self.directory / "rows.parquet"))
+        units = Units(source.row_groups, 12)
+        return Pass(
+            task=TASKS[self.task](model, Stored(skeleton_of(model), str(path))),
+            source=source,
+            units=units,
+            decoder=Decoder(SIZE, (0.5,) * 3, (0.5,) * 3, "bilinear", 1.0),
+            ledger=Ledger(str(self.directory / place), len(units), "fingerprint"),
+            grid=None,
+            micro_batch=4,
+            num_classes=CLASSES,
+            on_bad_row="skip",
+        )
+
+
+def member(rank: int, scene: Scene, place: str, address: str) -> None:
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    sharding.MIN_ELEMENTS = 1 << 12  # small networks, several units
+    worker = Member(torch.device("cpu"), 1, rank, MEMBERS, address)
+    work = scene.work(place)
+    worker.load(work)
+    pilot, processor = worker.pilot()
+    grid = Grid.from_pilot(pilot, num_addends=len(work.units), segments=work.task.segments)
+    worker.fix_grid(grid)
+    if rank == 0:
+        work.ledger.fix_grid(grid, processor)
+    worker.meet()
+    torch.distributed.barrier()
+    worker.work((0, 1))
+    worker.work((2, 3))
+
+
+def by_a_team(scene: Scene) -> PassResult:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    mp.spawn(member, args=(scene, "team", address), nprocs=MEMBERS)
+    return run_pass(scene.work("team"), LocalPool(), max_bad_fraction=0.1)  # all is there: only added up
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("team")
+    images = [image(3 * i, (40, 40)) for i in range(ROWS)]
+    images[30] = b"no image"
+    write_parquet(found / "rows.parquet", images, [i % CLASSES for i in range(ROWS)], rows_per_group=ROWS)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("network", "task"),
+    [
+        ("resnet", "scoring"),
+        pytest.param("vit", "scoring", marks=pytest.mark.slow),
+        pytest.param("resnet", "evaluation", marks=pytest.mark.slow),
+        pytest.param("resnet", "batch norms", marks=pytest.mark.slow),
+    ],
+)
+def test_a_team_has_the_bits_of_a_worker_that_holds_everything(network: str, task: str, directory: Path):
+    scene = Scene(network, task, directory / f"{network} {task}")
+    scene.directory.mkdir()
+    (scene.directory / "rows.parquet").symlink_to(directory / "rows.parquet")
+    alone, team = run_pass(scene.work("alone"), LocalPool(), max_bad_fraction=0.1), by_a_team(scene)
+    assert (team.rows, team.units, len(team.bad_rows)) == (alone.rows, alone.units, 1) == (ROWS - 1, 4, 1)
+    assert {n: v.shape for n, v in team.values.items()} == {n: v.shape for n, v in alone.values.items()}
+    differing = [name for name, value in alone.values.items() if not torch.equal(team.values[name], value)]
+    assert differing == []
+    assert team.sha256 == alone.sha256
