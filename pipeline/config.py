@@ -60,7 +60,7 @@ class ModelConfig(Section):
     """Take timm's weights from the Hub. Off: random weights, or `checkpoint`."""
     checkpoint: str | None = None
     """safetensors or torch file with the weights (loaded with weights_only=True), `pkg:PACKAGE/FILE` in an installed package, or a directory of
-    torch.distributed.checkpoint."""
+    torch.distributed.checkpoint (whose index is a pickle: from where you trust)."""
     num_classes: int | None = Field(default=None, ge=2)
     """Outputs of the network; empty: the factory's own."""
     classes: IntTuple | None = None
@@ -340,8 +340,7 @@ class WorkersConfig(Section):
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto` takes GPUs when the cluster has any."""
     shard_over: int = Field(default=1, ge=1)
-    """Workers that hold one network together, each some rows of its weights (FSDP2): for networks that do not fit one device. Saliency has the
-    same bits for any number above 1, and nearly always those of 1."""
+    """Workers that hold one network together, each some rows of its weights (FSDP2): for networks that do not fit one device. 1: none do."""
     threads: int = Field(default=1, ge=1)
     """CPU threads of one worker's computation."""
     decode_threads: int = Field(default=1, ge=1)

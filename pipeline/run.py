@@ -28,10 +28,11 @@ from pipeline.execution import pool as ray_pool
 from pipeline.execution.drive import PassResult, run_pass
 from pipeline.execution.ledger import Ledger
 from pipeline.execution.pool import RayPool
-from pipeline.execution.worker import Pass, Task, cpu_model
+from pipeline.execution.worker import Pass, cpu_model
 from pipeline.models import zoo
 from pipeline.models.graph import Graph
 from pipeline.models.sharding import Network, Stored, mapped, skeleton_of
+from pipeline.models.task import Task
 from pipeline.pruning.masks import load_masks
 from pipeline.pruning.plan import Plan
 from pipeline.pruning.surgery import cut
@@ -192,8 +193,7 @@ class Run:
     @property
     def workers_now(self) -> int:
         """Of a pass over the data: more than at the start where the cluster has grown meanwhile."""
-        in_teams = self._pool.num_workers * self._pool.team_size if self._pool is not None else 0
-        return in_teams or self.num_workers
+        return self.num_workers if self._pool is None else self._pool.num_workers * self._pool.team_size
 
     @property
     def pool(self) -> RayPool:
@@ -395,10 +395,14 @@ class Run:
                 into=into,
                 on_progress=lambda rows: bar.update(rows),
                 on_lease=lambda units, seconds: self.watcher.committed(
-                    self, name, round(units * rows_per_unit), seconds
+                    self, name, round(units * rows_per_unit), seconds * config.workers.shard_over
                 ),
                 on_warning=self.say,
             )
+
+    def rows_per_unit(self, micro_batch: int) -> int:
+        """Of a pass whose units need not be small: one micro-batch, or several where the members of a team share them."""
+        return micro_batch * (8 if self.config.workers.shard_over > 1 else 1)
 
     def pass_inputs(self, source: Source, units: Units, micro_batch: int, **more: Any) -> dict[str, Any]:
         """What the bits of a pass depend on; the number of workers is not among it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -260,7 +261,8 @@ class LocalPool:
     num_workers = 1
 
     def start(self, work: Pass) -> None:
-        self._worker.load(work)
+        # A copy, as workers elsewhere get one: placing a network changes it.
+        self._worker.load(replace(work, task=copy.deepcopy(work.task)))
         self._greeted = False
 
     def pilot(self) -> tuple[Magnitudes, str]:

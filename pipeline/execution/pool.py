@@ -228,6 +228,7 @@ class RayPool:
                 cause = error
             except RayTaskError as error:
                 if is_fatal(error.cause):
+                    self._drop(name)
                     raise error.cause from None
                 cause = error.cause
             self._drop(name)
@@ -315,6 +316,7 @@ class RayPool:
             return Lost(worker, _first_line(error), now)
         except RayTaskError as error:
             if is_fatal(error.cause):
+                self._drop(worker)  # of a team, the others still wait for the one that failed
                 raise error.cause from None
             self._lose(worker, lease)
             foreign = isinstance(error.cause, ForeignDevice)

@@ -13,13 +13,13 @@ Whatever goes wrong in one member leaves the others waiting: the whole team is g
 
 from __future__ import annotations
 
+import gc
 import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import ray
@@ -33,8 +33,8 @@ from torch import Tensor, nn
 from pipeline.data.batches import Batch
 from pipeline.execution.ledger import Commit
 from pipeline.execution.worker import CHECKED_ROWS, MEMORY_FORMAT, Pass, UnitWorker
-from pipeline.models.sharding import Network, Sharded, build_mesh
-from pipeline.models.task import Take, Task, add_
+from pipeline.models.sharding import Network, Sharded, Take, build_mesh, explained, shares_of
+from pipeline.models.task import Task, add_
 from pipeline.saliency.exact import Grid, Magnitudes, base
 
 COLLECTIVE_TIMEOUT_S = 600
@@ -69,17 +69,25 @@ class Member(UnitWorker):
 
     def _place(self, task: Task) -> None:
         self._sharded = []
+        gc.collect()  # networks of the pass before hang in circles of hooks
         task.place(self._in_rows)
 
     def _in_rows(self, network: Network, names: Collection[str] = (), take: Take | None = None) -> nn.Module:
         """A `Place`."""
+        if isinstance(network, nn.Module) and not any(True for _ in network.parameters()):  # a session of ONNX Runtime
+            return network.eval()
         sharded = Sharded(network, self._mesh, self.device, trains=False)
-        sharded.hand_over(names, take or (lambda name, grads: None))
+        sharded.hand_over(names, take)
         self._sharded.append(sharded)
         return sharded.replica.eval()
 
+    @property
+    def networks(self) -> list[nn.Module]:
+        """Of the pass, in rows."""
+        return [sharded.replica for sharded in self._sharded]
+
     def meet(self) -> None:
-        """All members are there."""
+        """Does nothing: that it answers means that this member has joined the others."""
 
     # --- a unit ---------------------------------------------------------------------------------------------------------
 
@@ -104,20 +112,25 @@ class Member(UnitWorker):
             if batch is None:
                 break
             counts.append((len(batch.labels_N), [asdict(row) for row in batch.bad_rows]))
-            images, labels = self._on_device(batch)
-            self._check(task, images, labels)
-            mine: dict[str, Tensor] = {}
-            if len(labels):
-                mine = {name: value.cpu() for name, value in task(images, labels).items()}
-            else:
-                size = self._pass.decoder.size
-                task.idle(torch.zeros(1, 3, size, size, device=self.device).to(memory_format=MEMORY_FORMAT))
+            with explained():
+                mine = self._step(task, *self._on_device(batch))
             for theirs in self._gathered(mine):
                 add_(sums, theirs)
-        everyones = self._exchanged(counts)
-        rows = sum(rows for theirs in everyones for rows, _ in theirs)
-        bad_rows = [row for theirs in everyones for _, bad in theirs for row in bad]
+        in_order = [share for step in zip(*self._exchanged(counts), strict=True) for share in step]
+        rows, bad_rows = sum(rows for rows, _ in in_order), [row for _, bad in in_order for row in bad]
+        sums = {name: value.to(self.device) for name, value in sums.items()}  # where the rows of the others are
         return sums | self._collected(task), rows, bad_rows
+
+    def _step(self, task: Task, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """Sums of this member's micro-batch, on the CPU; none if it has no rows."""
+        self._check(task, images, labels)
+        if len(labels):
+            return {name: value.cpu() for name, value in task(images, labels).items()}
+        noise = torch.rand(
+            1, *images.shape[1:], generator=torch.Generator().manual_seed(0)
+        )  # some divide by the variance
+        task.idle(noise.to(self.device, memory_format=MEMORY_FORMAT))
+        return {}
 
     def _collected(self, task: Task) -> dict[str, Tensor]:
         sums = task.collect()
@@ -129,8 +142,8 @@ class Member(UnitWorker):
         """All members check the same rows: those of the first member that has some."""
         if self._checked:
             return
-        rows = self._exchanged((images[:CHECKED_ROWS].cpu(), labels[:CHECKED_ROWS].cpu()))
-        for some_images, some_labels in rows:
+        everyones = self._exchanged((images[:CHECKED_ROWS].cpu(), labels[:CHECKED_ROWS].cpu()))
+        for some_images, some_labels in everyones:
             if len(some_labels) > 1:
                 task.check(some_images.to(self.device), some_labels.to(self.device))
                 self._checked = True
@@ -177,9 +190,8 @@ class Member(UnitWorker):
         if base(name) not in self._whole:
             return totals[name] if self.rank == 0 else torch.zeros(0)
         num_rows, *row = self._whole[base(name)]
-        each = -(-num_rows // self.size)
-        bounds = [min(each * rank, num_rows) for rank in range(self.size + 1)]
-        mine = bounds[self.rank + 1] - bounds[self.rank]
+        shares = shares_of(num_rows, self.size)
+        mine = shares[self.rank][1] - shares[self.rank][0]
         # A member none of whose elements are on the coarse grid has no total of it.
         rows = totals[name].cpu() if name in totals else torch.zeros(mine, *row, dtype=torch.int64)
         if self.rank > 0:
@@ -188,25 +200,24 @@ class Member(UnitWorker):
             return rows
         whole = torch.zeros(num_rows, *row, dtype=torch.int64)
         whole[:mine] = rows
-        for rank, (start, stop) in enumerate(pairwise(bounds)):
+        for rank, (start, stop) in enumerate(shares):
             if rank > 0 and stop > start:
                 dist.recv(whole[start:stop], src=rank)
         return whole
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _CommonCommit(Commit):
     """Whose sums lie with several members."""
 
-    whole: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
-    get: Callable[[Mapping[str, Tensor], str], Tensor] | None = None
+    whole: Mapping[str, tuple[int, ...]]
+    get: Callable[[Mapping[str, Tensor], str], Tensor]
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
         return self.whole
 
     def total(self, name: str) -> Tensor:
-        assert self.get is not None
         return self.get(self.totals, name)
 
 
@@ -215,6 +226,8 @@ class _CommonCommit(Commit):
 
 @ray.remote(max_restarts=0, max_task_retries=0)
 class _Follower:
+    """Another member, in a process of its own."""
+
     def __init__(self, device: str, threads: int, rank: int, size: int, address: str) -> None:
         self._member = Member(torch.device(device), threads, rank, size, address)
 
@@ -251,7 +264,9 @@ class Team:
         self._member: Member = self._wait(self._thread.submit(make), ready)
 
     def load(self, work: Pass) -> None:
-        self._all("load", work)
+        shared = ray.put(work)  # once, not for each follower
+        answers = [follower.do.remote("load", shared) for follower in self._followers]
+        self._wait(self._thread.submit(self._member.load, work), answers)
 
     def fix_grid(self, grid: Grid) -> None:
         self._all("fix_grid", grid)

@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import ray
@@ -30,6 +31,7 @@ import ray.train
 import torch
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution import context as reports
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
@@ -46,7 +48,8 @@ FINAL, STATISTICS, METRICS = "final.safetensors", "statistics.safetensors", "met
 REPORT_EVERY_S = 2.0  # Ray's controller takes one report per worker every two seconds; more would make training wait
 COLLECTIVE_TIMEOUT_S = 600
 START_TIMEOUT_S = 30  # for resources that nodes seem to have; the start of processes on them, and imports, do not count
-START_FAILURES = 30  # worker groups that may find no room: each death of a node may cost one. Ray's default has no end
+START_FAILURES = 30  # worker groups that may not come up, without a checkpoint between them. Ray's default has no end
+START_ERRORS = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)
 RESIZE_EVERY_S = 60
 ENVIRONMENT = {
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_TIMEOUT_S),
@@ -119,10 +122,16 @@ def fit(
     """
     directory = artifacts.absolute(directory)
     device = "cuda" if use_gpu else "cpu"
+    if num_workers < shard_over:
+        raise ValueError(
+            f"{shard_over} workers hold a network together, and there are {num_workers}. Raise workers.num_workers or num_streams, or lower "
+            "workers.shard_over."
+        )
     room = sum(nodes_for_workers(device, threads).values())
     if room < num_workers:
         what = "the nodes have room for %d of %d training workers: it %s"
-        logger.warning(what, room, num_workers, "begins with these, and grows" if room else "waits for nodes")
+        begins = room >= shard_over
+        logger.warning(what, room, num_workers, "begins with these, and grows" if begins else "waits for nodes")
     job = ray.put(
         _Job(
             model,
@@ -138,7 +147,35 @@ def fit(
         )
     )
     resources = worker_resources(device, threads)
-    with tempfile.TemporaryDirectory(prefix="ray-train-") as scratch, _environment(), _watched(directory, on_progress):
+    start = partial(_start, job, num_workers, shard_over, use_gpu, resources, fingerprint, directory, max_failures)
+    with _environment(), _watched(directory, on_progress):
+        while True:
+            before = max(checkpoint.steps_in(directory), default=0)
+            try:
+                answer = start()
+                break
+            except TrainingFailedError as error:
+                # Ray counts them over the whole training, however far it has come; here only those without a checkpoint between them.
+                at_start = isinstance(error, ControllerError) and isinstance(error.controller_failure, START_ERRORS)
+                if not at_start or max(checkpoint.steps_in(directory), default=0) == before:
+                    raise _clear_error(error, directory, num_workers, resources) from error
+    weights = artifacts.read_tensors(artifacts.join(directory, FINAL))
+    statistics = artifacts.read_tensors(artifacts.join(directory, STATISTICS))
+    return TrainResult(weights, answer["history"], answer["resumed_from"], statistics)
+
+
+def _start(
+    job: Any,
+    num_workers: int,
+    shard_over: int,
+    use_gpu: bool,
+    resources: dict[str, int],
+    fingerprint: str,
+    directory: str,
+    max_failures: int,
+) -> dict[str, Any]:
+    """Train to the end with one of Ray's trainers, which keeps nothing that matters. Returns what rank 0 returns."""
+    with tempfile.TemporaryDirectory(prefix="ray-train-") as scratch:
         # Type checkers see Train V1 behind `ray.train`; what runs is V2.
         trainer = TorchTrainer(
             _work,  # type: ignore[arg-type]
@@ -162,13 +199,8 @@ def fit(
             ),
             torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
         )
-        try:
-            answer = trainer.fit().return_value  # type: ignore[attr-defined]
-        except TrainingFailedError as error:
-            raise _clear_error(error, directory, num_workers, resources) from error
-    weights = artifacts.read_tensors(artifacts.join(directory, FINAL))
-    statistics = artifacts.read_tensors(artifacts.join(directory, STATISTICS))
-    return TrainResult(weights, answer["history"], answer["resumed_from"], statistics)
+        answer: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]
+        return answer
 
 
 # --- in a worker ------------------------------------------------------------------------------------------------------

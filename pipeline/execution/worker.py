@@ -86,6 +86,7 @@ class UnitWorker:
 
     def load(self, work: Pass) -> None:
         self._admitted = self._checked = False
+        self._pass = None  # what it holds on the device goes before the new networks come
         self._place(work.task)
         self._pass = work
 

@@ -22,7 +22,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -53,6 +52,9 @@ class Stored:
 
 
 Network = nn.Module | Stored
+
+Take = Callable[[str, Sequence[Tensor]], None]
+"""Is told a parameter's name and its gradients, one of each rank's micro-batch, in order; of a network in rows this rank's rows of them."""
 
 
 def skeleton_of(model: nn.Module) -> nn.Module:
@@ -191,23 +193,34 @@ def _without_views(module: nn.Module, inputs: Any, output: Any) -> Any:
             name = type(module).__name__.removeprefix("FSDP")
             raise ValueError(
                 f"{name} returns {type(leaf).__name__}; a module whose weights are gathered on their own must return tensors, or tuples, lists or "
-                "dicts of them. Return those, or train with shard_over=1."
+                "dicts of them. Return those, or set shard_over to 1."
             )
     return tree_map_only(Tensor, lambda tensor: tensor.clone() if tensor._is_view() else tensor, output)
 
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """Says what it means that weights were met which are not gathered."""
+    """Says what it means that weights were met which are not gathered, or an input that may not be written into."""
     try:
         yield
     except RuntimeError as error:
-        if "mixed torch.Tensor and DTensor" not in str(error):
-            raise
-        raise ValueError(
-            "the network uses weights of a member of an nn.Sequential or nn.ModuleList without calling that member, so that they are not "
-            "gathered. Call it, keep the weights outside of such containers, or train with shard_over=1."
-        ) from error
+        if "mixed torch.Tensor and DTensor" in str(error):
+            raise ValueError(
+                "the network uses weights of a member of an nn.Sequential or nn.ModuleList without calling that member, so that they are not "
+                "gathered. Call it, keep the weights outside of such containers, or set shard_over to 1."
+            ) from error
+        if "RegisterPostBackwardFunction" in str(error):
+            raise ValueError(
+                "a block of the network writes into its own input, which a block whose weights are gathered on their own may not. Let it make a "
+                "new tensor there (inplace=False), or set shard_over to 1."
+            ) from error
+        raise
+
+
+def shares_of(length: int, size: int) -> list[tuple[int, int]]:
+    """First row of each rank and the one after its last, as torch.chunk has them: the last ranks may have fewer, or none."""
+    each = -(-length // size)
+    return [(min(each * rank, length), min(each * (rank + 1), length)) for rank in range(size)]
 
 
 # --- one network on several ranks -------------------------------------------------------------------------------------
@@ -221,7 +234,7 @@ class Sharded:
         Args:
             network: is not changed.
             mesh: see `build_mesh`; its ranks all make this at the same time.
-            trains: False: for forwards without gradients alone; there are no `rows` then.
+            trains: False: for forwards, and backwards whose gradients are handed over; there are no `rows` then.
         """
         self.mesh, self.device, self.world_size = mesh, device, mesh.size()
         self.group = mesh.get_group("shard")
@@ -236,7 +249,7 @@ class Sharded:
             unit.register_forward_hook(_without_views)
             fully_shard(unit, **options)
         self.replica.register_forward_hook(_without_views)
-        # By its default the root is given back in the backward, which a network that does not train never has.
+        # By its default the root is given back in the backward, which a network that only evaluates never has.
         fully_shard(self.replica, reshard_after_forward=None if trains else True, **options)
         together(lambda: self._read(network), self.world_size)
         self.shapes = {
@@ -300,16 +313,17 @@ class Sharded:
                 grad /= self.world_size
             rows.grad = None if grad is None else local_rows(grad)
 
-    def hand_over(self, names: Collection[str], take: Callable[[str, Sequence[Tensor]], None]) -> None:
+    def hand_over(self, names: Collection[str], take: Take | None) -> None:
         """From now on a backward hands over the gradients of these parameters, one of each rank and in their order, this rank's rows of
         them; they are not averaged. The others get none. All ranks do this at the same time, once.
 
         What FSDP would sum over the ranks is exchanged instead, which sends as much; so |g| and g^2 of each rank's micro-batch are known.
         """
-        self.replica.requires_grad_(False)
         for name, parameter in self.replica.named_parameters():
             parameter.requires_grad_(name in names)
-        for module in self.replica.modules() if names else ():
+        if take is None or not names:
+            return
+        for module in self.replica.modules():
             if not isinstance(module, FSDPModule):
                 continue
             module.unshard()  # makes the parameters that will have the gradients, once for all
@@ -318,17 +332,15 @@ class Sharded:
                     parameter.register_post_accumulate_grad_hook(partial(self._hand_over, name, take))
             module.reshard()
 
-    def _hand_over(self, name: str, take: Callable[[str, Sequence[Tensor]], None], parameter: Tensor) -> None:
+    def _hand_over(self, name: str, take: Take, parameter: Tensor) -> None:
         grad, parameter.grad = parameter.grad, None
         assert grad is not None
         take(name, self._exchanged(grad))
 
     def _exchanged(self, tensor: Tensor) -> Sequence[Tensor]:
         """This rank's rows of the tensors that all ranks have, in the order of the ranks."""
-        each = -(-len(tensor) // self.size)
-        bounds = [min(each * rank, len(tensor)) for rank in range(self.size + 1)]
         row = tensor[0].numel()
-        sent = [(stop - start) * row for start, stop in pairwise(bounds)]
+        sent = [(stop - start) * row for start, stop in shares_of(len(tensor), self.size)]
         mine = sent[self.index]
         received = tensor.new_empty(self.size * mine)
         dist.all_to_all_single(received, tensor.contiguous().view(-1), [mine] * self.size, sent, group=self.group)
@@ -357,9 +369,7 @@ class Sharded:
 
     def range(self, length: int) -> tuple[int, int]:
         """First row of this rank and the one after its last, of `length`."""
-        each = -(-length // self.size)
-        start = min(self.index * each, length)
-        return start, min(start + each, length)
+        return shares_of(length, self.size)[self.index]
 
     def cut(self, tensor: Tensor) -> Tensor:
         """A copy of this rank's rows of a whole tensor."""
@@ -421,6 +431,12 @@ class Sharded:
         optimizer = state["optimizer"]
         moments = {n: walk({names[n]: values}, None)[names[n]] for n, values in optimizer["state"].items()}
         return {**walk(dict(state), None), "optimizer": {**optimizer, "state": moments}}
+
+
+def gathered_anew(replica: nn.Module) -> None:
+    """After a backward that broke off: without it FSDP would keep what was gathered. Does nothing to a network that is whole."""
+    if isinstance(replica, FSDPModule):
+        replica.reset_iter_state()  # type: ignore[attr-defined]
 
 
 @torch.no_grad()

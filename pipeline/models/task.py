@@ -6,7 +6,7 @@ its device or in rows on several (`models.sharding`), and the task uses what it 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Protocol
 
@@ -14,10 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pipeline.models.sharding import Network, Stored, whole
-
-Take = Callable[[str, Sequence[Tensor]], None]
-"""Is told a parameter's name and its gradients, one of each worker's micro-batch, in order; of a network in rows this worker's rows."""
+from pipeline.models.sharding import Network, Stored, Take, whole
 
 
 class Place(Protocol):

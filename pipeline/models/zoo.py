@@ -182,6 +182,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Tensor], source: str) -
     if all(name.startswith("module.") for name in weights) and not all(name.startswith("module.") for name in own):
         weights = {name.removeprefix("module."): value for name, value in weights.items()}  # saved from inside DDP
     if set(own) != set(weights):
+        if os.path.isdir(source):  # whose order is that of whoever wrote it
+            odd = sorted({*own} ^ {*weights})
+            raise ModelError(f"{source} has other names than the network, {odd[0]} for one. Check model.name.")
         weights = _by_position(own, weights, source)
     wrong = [
         f"{name}: {tuple(weights[name].shape)}, the network has {tuple(own[name].shape)}"

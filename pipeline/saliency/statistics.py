@@ -33,8 +33,8 @@ from pipeline.models import calls
 from pipeline.models.calls import in_calls
 from pipeline.models.graph import Branch, Graph, Site
 from pipeline.models.modes import eval_mode
-from pipeline.models.sharding import Network, Stored, local_rows
-from pipeline.models.task import Place, Take, Task, add_, hand_over
+from pipeline.models.sharding import Network, Stored, Take, gathered_anew, local_rows
+from pipeline.models.task import Place, Task, add_, hand_over
 
 GATE_KINDS = ("gate_sum", "gate_abs", "gate_square", "gate_fourth")
 WEIGHT_KINDS = ("grad_sum", "grad_abs", "grad_square")
@@ -172,6 +172,7 @@ class GateStatistics(Task):
                 raise
             self._copy = True
             self._weight_sums.clear()  # this network's first backward: nothing else is in there
+            gathered_anew(self.model)
             loss = self._backward(images_NCHW, labels_N)
         for name, sites in self.graph.gates().items():
             if name not in self._tapped:

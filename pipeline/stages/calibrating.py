@@ -35,7 +35,7 @@ def calibration_units(run: Run) -> Units | None:
     """The rows that statistics are estimated on, whole batches of them; None where the configuration wants none."""
     settings, rows = run.config.calibrate, run.train_rows
     num_rows = min(settings.batches, rows.num_rows // settings.batch_size) * settings.batch_size
-    return Units(rows.row_groups, settings.batch_size, num_rows) if num_rows else None
+    return Units(rows.row_groups, run.rows_per_unit(settings.batch_size), num_rows) if num_rows else None
 
 
 def reestimated(

@@ -165,7 +165,7 @@ class Forecaster(Watcher):
             return
         seen.leases, seen.rows, seen.worker_seconds = seen.leases + 1, seen.rows + rows, seen.worker_seconds + seconds
         # The first lease of each worker is one unit, slow since everything is new to it.
-        if not self._said and seen.leases > run.workers_now:
+        if not self._said and seen.leases > run.workers_now // run.config.workers.shard_over:
             self._measure(run.label(stage), training=False)
             self._say(self._make())
 

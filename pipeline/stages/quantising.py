@@ -16,6 +16,7 @@ from pipeline.data.batches import Decoder, unit_batches
 from pipeline.data.rows import Source
 from pipeline.data.units import Units
 from pipeline.export import int8, onnx
+from pipeline.models.sharding import Network
 from pipeline.run import Run
 from pipeline.stages.results import evaluate_networks
 
@@ -57,9 +58,9 @@ def evaluate_int8(run: Run) -> None:
     """RUN/evaluation/int8.json: dense, pruned and quantised network on all validation rows, in the pass that evaluates any network."""
     weights = run.result
 
-    def load() -> dict[str, nn.Module]:
+    def load() -> dict[str, Network]:
         file = onnx.OnnxNetwork(artifacts.read_bytes(run.path("model", FILE)))
-        return {"dense": run.first.network("dense"), "cut": run.network(weights, plan="ours"), "cut_int8": file}
+        return {"dense": run.first.sent("dense"), "cut": run.sent(weights, plan="ours"), "cut_int8": file}
 
     made_from = {**_networks(run), "int8": int8_sha256(run), "settings": int8.settings()}
     evaluate_networks(run, "evaluate-int8", "int8", load, reference="cut", weights=made_from)

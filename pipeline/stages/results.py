@@ -64,7 +64,7 @@ def evaluate_networks(
         weights: what tells the networks apart from others under the same names.
     """
     settings = run.config.evaluate
-    units = Units(run.val_rows.row_groups, settings.batch_size, settings.num_rows)
+    units = Units(run.val_rows.row_groups, run.rows_per_unit(settings.batch_size), settings.num_rows)
     inputs = run.pass_inputs(run.val_rows, units, settings.batch_size, weights=weights)
 
     def work() -> None:

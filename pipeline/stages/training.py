@@ -53,6 +53,7 @@ def dense(run: Run) -> None:
         if run.config.workers.shard_over > 1:
             run.save_network("initial", model.state_dict())
             network = run.stored("initial")
+            del model
         _keep(run, "dense", run_training(run, "dense", training, network, teacher=None, policies=policies))
 
     run.stage("dense", inputs, run.path("networks", "dense.safetensors"), work)

@@ -115,10 +115,10 @@ def apply_statistics(model: nn.Module, sums: Mapping[str, Tensor], name: str) ->
     """A new model whose running means and variances are the averages of `sums`.
 
     Args:
-        model: the one that BatchNormStatistics knew as `name`; not changed.
+        model: the one that BatchNormStatistics knew as `name`; not changed. The new one shares its parameters.
         sums: added up over at least one micro-batch. A layer that no forward called keeps what it has.
     """
-    calibrated = copy.deepcopy(model)
+    calibrated = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
     for path, layer in batch_norms(calibrated).items():
         key = f"{name}/{path}"
         if f"{key}/{COUNT}" not in sums:

@@ -28,7 +28,7 @@ def measure_latency(
     """Median time of an eval forward in float32, channels_last.
 
     Args:
-        models: by name; copied. One that does not fit the device is left out.
+        models: by name; copied. One for which the device has no room beside those before it is left out.
         input_shape: of one row, for example (3, 224, 224).
         batch_sizes: rows in one forward.
         device: CPU by default, with as many threads as torch has now.
@@ -62,20 +62,22 @@ def measure_latency(
 
 @torch.inference_mode()
 def in_turns(forwards: Mapping[str, Callable[[], float]], num_rows: int, runs: int) -> dict[str, Any]:
-    """Warm each up, then let them take turns. A forward returns its milliseconds.
+    """Warm each up, then let them take turns. A forward returns its milliseconds; one that has no room is left out.
 
     Returns:
         By name: median_ms, min_ms and max_ms of `runs` forwards, and rows_per_s.
     """
-    for forward in forwards.values():
+    times: dict[str, list[float]] = {}
+    for name, forward in forwards.items():
         started, count = time.perf_counter(), 0
-        while count < MIN_WARMUP_RUNS or time.perf_counter() - started < WARMUP_S:
-            forward()
-            count += 1
-    times: dict[str, list[float]] = {name: [] for name in forwards}
+        with suppress(torch.OutOfMemoryError):
+            while count < MIN_WARMUP_RUNS or time.perf_counter() - started < WARMUP_S:
+                forward()
+                count += 1
+            times[name] = []
     for _ in range(runs):
-        for name, forward in forwards.items():
-            times[name].append(forward())
+        for name, values in times.items():
+            values.append(forwards[name]())
     return {name: _summary(values, num_rows) for name, values in times.items()}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline.data.batches import Decoder
 from pipeline.data.rows import open_source
@@ -18,6 +18,8 @@ from pipeline.execution.drive import LocalPool, PassFailed, PassResult, run_pass
 from pipeline.execution.ledger import Ledger
 from pipeline.execution.worker import Pass
 from pipeline.models.task import Task
+from pipeline.models.trace import propagate
+from pipeline.saliency.statistics import GateStatistics
 from tests.data.making import image, write_parquet
 
 
@@ -35,11 +37,13 @@ def rows(tmp_path: Path) -> Path:
     return write_parquet(tmp_path / "rows.parquet", [image(i) for i in range(40)], [i % 10 for i in range(40)])
 
 
-def pass_over(rows: Path, directory: Path, pool: LocalPool | None = None, **options: Any) -> PassResult:
+def pass_over(
+    rows: Path, directory: Path, pool: LocalPool | None = None, task: Task | None = None, **options: Any
+) -> PassResult:
     source = open_source(str(rows))
     units = Units(source.row_groups, 4)
     work = Pass(
-        task=Brightness(),
+        task=task or Brightness(),
         source=source,
         units=units,
         decoder=Decoder(12, (0, 0, 0), (1, 1, 1), "bilinear", 1.0),
@@ -60,6 +64,16 @@ def test_every_row_counts_once(rows: Path, tmp_path: Path):
     result = pass_over(rows, tmp_path / "units")
     assert (result.rows, result.values["rows"].item(), result.resumed_units) == (40, 40, 0)
     assert result.values["red"].item() == pytest.approx(sum(range(40)) / 255, rel=1e-5)
+
+
+def test_a_pass_may_be_run_twice_with_one_task(rows: Path, tmp_path: Path):
+    torch.manual_seed(0)
+    tail = (nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 10))
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), *tail).eval()
+    task = GateStatistics(model, propagate(model, torch.zeros(1, 3, 12, 12)), weights=True)
+    results = [pass_over(rows, tmp_path / name, task=task) for name in ("a", "b")]
+    assert results[0].sha256 == results[1].sha256
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
 
 
 def test_a_pass_goes_on_from_its_commits_and_does_torn_ones_again(rows: Path, tmp_path: Path):
