@@ -33,6 +33,7 @@ from pipeline.execution import metrics
 from pipeline.execution.coordinator import Done, Event, Joined, Lost, Tick
 from pipeline.execution.drive import PassFailed
 from pipeline.execution.ledger import ForeignDevice
+from pipeline.execution.machine import keep_freed_memory
 from pipeline.execution.team import Team
 from pipeline.execution.worker import Pass, UnitWorker
 from pipeline.saliency.exact import Grid, Magnitudes
@@ -121,6 +122,7 @@ class _Actor:
     """A UnitWorker in a process of its own, or the first of the processes of a team."""
 
     def __init__(self, device: str, threads: int, team_size: int) -> None:
+        keep_freed_memory()
         self._worker: UnitWorker | Team
         if team_size == 1:
             self._worker = UnitWorker(torch.device(device), threads)

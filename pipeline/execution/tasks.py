@@ -9,6 +9,8 @@ import ray
 import torch
 from ray.exceptions import RayTaskError
 
+from pipeline.execution.machine import keep_freed_memory
+
 Key = TypeVar("Key")
 Result = TypeVar("Result")
 MAX_RETRIES = 3
@@ -26,6 +28,7 @@ def run_tasks(
     @ray.remote(num_cpus=threads, max_retries=MAX_RETRIES)
     def work(*values: Any) -> Any:
         torch.set_num_threads(threads)
+        keep_freed_memory()
         return function(*values)
 
     pending = {work.remote(*values): key for key, values in arguments.items()}

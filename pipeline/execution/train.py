@@ -29,14 +29,17 @@ from typing import Any
 import ray
 import ray.train
 import torch
+from ray.exceptions import RayActorError
 from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError
 from ray.train.v2._internal.execution import context as reports
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
 from pipeline import artifacts
 from pipeline.execution import metrics
+from pipeline.execution.machine import bind_gloo, keep_freed_memory
 from pipeline.execution.pool import is_fatal, nodes_for_workers, worker_resources
 from pipeline.models.sharding import Network
 from pipeline.training import checkpoint
@@ -197,7 +200,7 @@ def _start(
                 # Its own lines would bury the progress.
                 logging_config=LoggingConfig(log_level="WARNING"),  # type: ignore[call-arg]
             ),
-            torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+            torch_config=_Group(timeout_s=COLLECTIVE_TIMEOUT_S),
         )
         answer: dict[str, Any] = trainer.fit().return_value  # type: ignore[attr-defined]
         return answer
@@ -209,6 +212,7 @@ def _start(
 def _work(config: dict[str, Any]) -> dict[str, Any]:
     job: _Job = ray.get(config["job"])
     torch.set_num_threads(job.threads)
+    keep_freed_memory()
     reports.logger.setLevel(logging.WARNING)  # a line for each report; this logger alone is not under "ray.train"
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
@@ -274,6 +278,25 @@ class _Reporter:
 
 
 # --- in the controller ------------------------------------------------------------------------------------------------
+
+
+class _Group(TorchConfig):
+    """The process group of Ray Train, over the addresses by which the nodes know each other."""
+
+    @property
+    def backend_cls(self) -> type[_GroupBackend]:
+        return _GroupBackend
+
+
+class _GroupBackend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        try:
+            worker_group.execute(bind_gloo)
+            super().on_start(worker_group, backend_config)
+        except RayActorError:
+            # Ray 2.60 forgets a group of which one dies here: the others would wait for it, and keep their place, to the end of the job.
+            worker_group.abort()
+            raise
 
 
 class _Failures(UserCallback):
