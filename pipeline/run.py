@@ -193,7 +193,8 @@ class Run:
     @property
     def workers_now(self) -> int:
         """Of a pass over the data: more than at the start where the cluster has grown meanwhile."""
-        return self.num_workers if self._pool is None else self._pool.num_workers * self._pool.team_size
+        pool = self._pool
+        return pool.num_workers * pool.team_size if isinstance(pool, RayPool) else self.num_workers
 
     @property
     def pool(self) -> RayPool:
