@@ -44,6 +44,7 @@ JOBS = {
     "recovery": Job("recovery", reads_rows=True),
     "startup": Job("startup"),
     "sharding": Job("sharding"),
+    "allocation": Job("allocation"),
 }
 
 
@@ -128,6 +129,14 @@ LINES = [
         True,
     ),
     Line("the same, 500 x 375", "timm + DataLoader", "decode", lambda r: r["large"]["speed_ratio_timm"], 1.2, True),
+    Line(
+        "CPU time of a forward, EfficientNet-Lite0, as workers have it, speed",
+        "malloc's own settings",
+        "allocation",
+        lambda r: r["speed_ratio"],
+        1.5,
+        True,
+    ),
     Line(
         "training by two workers that share a network: memory of each",
         "two that hold it whole",
