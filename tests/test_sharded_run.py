@@ -86,7 +86,7 @@ def test_workers_that_hold_networks_together_find_what_the_others_find(ray_clust
     assert (found["saliency"]["rows"], found["saliency"]["lost_workers"]) == (200, 1)
     assert abs(found["pruned"]["top1"] - expected["pruned"]["top1"]) <= TOP1_NOISE
     before = [run["pruned"]["top1_before_recovery"] for run in (found, expected)]
-    assert abs(before[0] - before[1]) <= 1 / 200
+    assert abs(before[0] - before[1]) <= TOP1_NOISE  # batch norms are estimated on other rows: their units are larger
 
 
 @pytest.mark.parametrize(
