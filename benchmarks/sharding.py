@@ -6,7 +6,8 @@ cutting    a plan by magnitude to half the parameters, and the cut, in one proce
 scoring    the gates and three statistics of every weight for the same rows, by one worker and by a team of two, until their commit is written.
 
 A ViT with few rows in a batch, so that weights, gradients, AdamW's two moments and sums are what needs memory. The peak of resident
-memory counts above what a worker needs before it has a network.
+memory counts above what a worker needs before it has a network. All give freed memory back at once, as teams do: it is what they hold that
+counts, not what malloc keeps.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from pipeline.data.batches import Decoder
 from pipeline.data.rows import open_source
 from pipeline.data.units import Units
 from pipeline.execution.ledger import Ledger
+from pipeline.execution.machine import give_back_memory
 from pipeline.execution.team import Member
 from pipeline.execution.worker import Pass, UnitWorker
 from pipeline.models.graph import Graph
@@ -114,6 +116,7 @@ def _train(folder: str, steps: int, rows: int, shard_over: int, checkpoint: bool
 def _work(rank: int, folder: str, where: str, steps: int, rows: int, shard_over: int, checkpoint: bool) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     torch.set_num_threads(1)
+    give_back_memory()
     options: dict[str, Any] = {"rank": rank, "world_size": WORKERS, "timeout": timedelta(minutes=30)}
     dist.init_process_group("gloo", init_method=f"file://{where}/store", **options)
     network = Stored(torch.load(f"{folder}/skeleton.pt", weights_only=False), f"{folder}/network.safetensors")
@@ -141,6 +144,7 @@ def _cut(folder: str) -> dict[str, float]:
     """As the driver does it: the weights of the dense network stay in their file."""
     network = Stored(torch.load(f"{folder}/skeleton.pt", weights_only=False), f"{folder}/network.safetensors")
     graph = Graph.from_json(Path(folder, "graph.json").read_text())
+    give_back_memory()
     with peak_of_its_own() as peak:
         dense = mapped(network)
         saliency = magnitude_l2(graph, {}, dense.state_dict(), 0)
@@ -164,6 +168,7 @@ def _score(folder: str, size: int) -> list[dict[str, float]]:
 
 def _score_as(rank: int, folder: str, where: str, size: int, address: str) -> None:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    give_back_memory()
     cpu = torch.device("cpu")
     worker = UnitWorker(cpu, 1) if size == 1 else Member(cpu, 1, rank, size, address)
     network = Stored(torch.load(f"{folder}/skeleton.pt", weights_only=False), f"{folder}/network.safetensors")

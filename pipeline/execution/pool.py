@@ -122,9 +122,9 @@ class _Actor:
     """A UnitWorker in a process of its own, or the first of the processes of a team."""
 
     def __init__(self, device: str, threads: int, team_size: int) -> None:
-        keep_freed_memory()
         self._worker: UnitWorker | Team
         if team_size == 1:
+            keep_freed_memory()
             self._worker = UnitWorker(torch.device(device), threads)
         else:
             self._worker = Team(device, threads, team_size, worker_resources(device, threads))

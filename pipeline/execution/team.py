@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from pipeline.data.batches import Batch
 from pipeline.execution.ledger import Commit
-from pipeline.execution.machine import bind_gloo, keep_freed_memory
+from pipeline.execution.machine import bind_gloo, give_back_memory
 from pipeline.execution.worker import CHECKED_ROWS, MEMORY_FORMAT, Pass, UnitWorker
 from pipeline.models.sharding import Network, Sharded, Take, build_mesh, explained, shares_of
 from pipeline.models.task import Task, add_
@@ -230,7 +230,7 @@ class _Follower:
     """Another member, in a process of its own."""
 
     def __init__(self, device: str, threads: int, rank: int, size: int, address: str) -> None:
-        keep_freed_memory()
+        give_back_memory()
         bind_gloo()
         self._member = Member(torch.device(device), threads, rank, size, address)
 
@@ -249,6 +249,7 @@ class Team:
         with socket.socket() as free:
             free.bind(("", 0))
             address = f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+        give_back_memory()
         bind_gloo()
         group = get_current_placement_group()
         assert group is not None

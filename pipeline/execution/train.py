@@ -39,7 +39,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from pipeline import artifacts
 from pipeline.execution import metrics
-from pipeline.execution.machine import bind_gloo, keep_freed_memory
+from pipeline.execution.machine import bind_gloo, give_back_memory, keep_freed_memory
 from pipeline.execution.pool import is_fatal, nodes_for_workers, worker_resources
 from pipeline.models.sharding import Network
 from pipeline.training import checkpoint
@@ -212,7 +212,7 @@ def _start(
 def _work(config: dict[str, Any]) -> dict[str, Any]:
     job: _Job = ray.get(config["job"])
     torch.set_num_threads(job.threads)
-    keep_freed_memory()
+    keep_freed_memory() if job.shard_over == 1 else give_back_memory()
     reports.logger.setLevel(logging.WARNING)  # a line for each report; this logger alone is not under "ray.train"
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
