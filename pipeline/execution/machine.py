@@ -8,6 +8,8 @@ from contextlib import suppress
 
 import ray
 
+COLLECTIVE_TIMEOUT_S = 600
+"""For a collective of a team, or of a training, one of whose processes does not come."""
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 

@@ -32,13 +32,12 @@ from torch import Tensor, nn
 
 from pipeline.data.batches import Batch
 from pipeline.execution.ledger import Commit
-from pipeline.execution.machine import bind_gloo, give_back_memory
-from pipeline.execution.worker import CHECKED_ROWS, MEMORY_FORMAT, Pass, UnitWorker
+from pipeline.execution.machine import COLLECTIVE_TIMEOUT_S, bind_gloo, give_back_memory
+from pipeline.execution.worker import MEMORY_FORMAT, Pass, UnitWorker
 from pipeline.models.sharding import Network, Sharded, Take, build_mesh, explained, shares_of
-from pipeline.models.task import Task, add_
+from pipeline.models.task import CHECKED_ROWS, Task, add_
 from pipeline.saliency.exact import Grid, Magnitudes, base
 
-COLLECTIVE_TIMEOUT_S = 600
 LOOK_EVERY_S = 0.2
 """How often a leader at work looks whether a member has failed."""
 
@@ -127,9 +126,8 @@ class Member(UnitWorker):
         self._check(task, images, labels)
         if len(labels):
             return {name: value.cpu() for name, value in task(images, labels).items()}
-        noise = torch.rand(
-            1, *images.shape[1:], generator=torch.Generator().manual_seed(0)
-        )  # some divide by the variance
+        # No zeros: some networks divide by the variance of an image.
+        noise = torch.rand(1, *images.shape[1:], generator=torch.Generator().manual_seed(0))
         task.idle(noise.to(self.device, memory_format=MEMORY_FORMAT))
         return {}
 

@@ -39,7 +39,7 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 
 from pipeline import artifacts
 from pipeline.execution import metrics
-from pipeline.execution.machine import bind_gloo, give_back_memory, keep_freed_memory
+from pipeline.execution.machine import COLLECTIVE_TIMEOUT_S, bind_gloo, give_back_memory, keep_freed_memory
 from pipeline.execution.pool import is_fatal, nodes_for_workers, worker_resources
 from pipeline.models.sharding import Network
 from pipeline.training import checkpoint
@@ -49,7 +49,6 @@ from pipeline.training.settings import TrainSettings
 
 FINAL, STATISTICS, METRICS = "final.safetensors", "statistics.safetensors", "metrics.jsonl"
 REPORT_EVERY_S = 2.0  # Ray's controller takes one report per worker every two seconds; more would make training wait
-COLLECTIVE_TIMEOUT_S = 600
 START_TIMEOUT_S = 30  # for resources that nodes seem to have; the start of processes on them, and imports, do not count
 START_FAILURES = 30  # worker groups that may not come up, without a checkpoint between them. Ray's default has no end
 START_ERRORS = (WorkerGroupStartupFailedError, WorkerGroupStartupTimeoutError)

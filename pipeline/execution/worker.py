@@ -20,13 +20,12 @@ from pipeline.data.batches import Batch, Decoder, unit_batches
 from pipeline.data.rows import Source
 from pipeline.data.units import STRIDES, Units
 from pipeline.execution.ledger import Commit, Ledger
-from pipeline.models.task import Task, add_
+from pipeline.models.task import CHECKED_ROWS, Task, add_
 from pipeline.saliency.exact import ExactSums, Grid, Magnitudes, SumOverflow, magnitudes
 
 T = TypeVar("T")
 MEMORY_FORMAT = torch.channels_last
 """Faster on GPUs, and on CPUs above all where convolutions are depthwise."""
-CHECKED_ROWS = 3
 
 
 @dataclass(frozen=True)

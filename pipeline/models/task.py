@@ -16,6 +16,9 @@ from torch.utils.hooks import RemovableHandle
 
 from pipeline.models.sharding import Network, Stored, Take, whole
 
+CHECKED_ROWS = 3
+"""At most so many are given to `Task.check`."""
+
 
 class Place(Protocol):
     """Puts a network where it can be called, in eval mode. Only the named parameters get gradients: in each backward, as soon as one is

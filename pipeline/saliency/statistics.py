@@ -34,7 +34,7 @@ from pipeline.models.calls import in_calls
 from pipeline.models.graph import Branch, Graph, Site
 from pipeline.models.modes import eval_mode
 from pipeline.models.sharding import Network, Stored, Take, gathered_anew, local_rows
-from pipeline.models.task import Place, Task, add_, hand_over
+from pipeline.models.task import CHECKED_ROWS, Place, Task, add_, hand_over
 
 GATE_KINDS = ("gate_sum", "gate_abs", "gate_square", "gate_fourth")
 WEIGHT_KINDS = ("grad_sum", "grad_abs", "grad_square")
@@ -367,7 +367,7 @@ def accumulate(
             checked = False
             for images, labels in ((images.to(device), labels.to(device)) for images, labels in batches):
                 if not checked and len(labels) > 1:
-                    task.check(images[:3], labels[:3])
+                    task.check(images[:CHECKED_ROWS], labels[:CHECKED_ROWS])
                     checked = True
                 add_(sums, task(images, labels))
             sums |= task.collect()
