@@ -175,13 +175,13 @@ class Nodes:
         every = [
             f"--node-ip-address={self.address(name)}",
             f"--dashboard-agent-listen-port={free_port()}",
+            f"--temp-dir={self.directory / name}",  # a node that joins unpacks the job's code over that of others in the same place
             "--object-store-memory=100000000",
             "--block",
         ]
-        place = [f"--temp-dir={self.directory / name}"] if name == "head" else []
         with (self.directory / f"{name}.out").open("wb") as out:
             node = subprocess.Popen(
-                [*self._inside(name), *RAY, "start", *options, *place, *every],
+                [*self._inside(name), *RAY, "start", *options, *every],
                 env=self.environment(name),
                 cwd=self.directory,
                 stdout=out,

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import re
@@ -211,18 +212,6 @@ class Outcome:
         return "\n".join([*lines, f"deaths by stage: {self.deaths_by_stage}"])
 
 
-# --- the cluster -------------------------------------------------------------------------------------------------------
-
-
-class Machines(Nodes):
-    """Each node has a directory of its own, as on machines of their own: a node that joins unpacks the job's code, and would take
-    away the one that the others in the same directory are running."""
-
-    def _start(self, name: str, options: list[str]) -> subprocess.Popen[bytes]:
-        place = [] if name == "head" else [f"--temp-dir={self.directory / name}"]
-        return super()._start(name, [*options, *place])
-
-
 # --- the saboteur -----------------------------------------------------------------------------------------------------
 
 
@@ -238,6 +227,8 @@ class Saboteur:
         self.deck: list[str] = []
         self.num_nodes = 0
         self.next = 0.0
+        self.end = math.inf
+        """From then on nobody is killed, so that the last run comes to its end."""
 
     def add_node(self, after_s: float = 0.0) -> None:
         name, due = f"n{self.num_nodes}", time.monotonic() + after_s
@@ -272,7 +263,7 @@ class Saboteur:
     def act(self, run_dir: Path) -> str | None:
         """Kill somebody if it is time. Returns the kind."""
         self.welcome()
-        if time.monotonic() < self.next:
+        if not self.next <= time.monotonic() < self.end:
             return None
         if not self.deck:
             self.deck = self.random.sample(DECK, len(DECK))
@@ -422,9 +413,9 @@ def run_undisturbed(nodes: Nodes, rows: Path, run_dir: Path) -> float:
 
 
 def soak(directory: Path, minutes: float, seed: int, every_s: float = EVERY_S, num_undisturbed: int = 2) -> Outcome:
-    """Runs until so many minutes have passed, the last one to its end. What is left of a run that fails can be looked at."""
+    """Runs until so many minutes have passed; the last one then goes on to its end undisturbed. What is left of a run that fails can be looked at."""
     rows, outcome = write_data(directory / "rows"), Outcome()
-    with Machines() as nodes:
+    with Nodes() as nodes:
         saboteur = Saboteur(nodes, random.Random(seed), outcome, every_s)
         try:
             for _ in range(NUM_NODES):
@@ -436,9 +427,9 @@ def soak(directory: Path, minutes: float, seed: int, every_s: float = EVERY_S, n
             say(f"undisturbed: {', '.join(f'{one:.0f}' for one in seconds)} s")
             for run_dir in quiet[1:]:
                 require_equal(run_dir, quiet[0])
-            end = time.monotonic() + 60 * minutes
+            saboteur.end = time.monotonic() + 60 * minutes
             saboteur.rest(every_s)
-            while time.monotonic() < end:
+            while time.monotonic() < saboteur.end:
                 run_dir = directory / f"run-{outcome.runs}"
                 try:
                     Story(saboteur, outcome, rows, run_dir).play(quiet[0])
