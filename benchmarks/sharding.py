@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import tempfile
 import time
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ from pipeline.data.batches import Decoder
 from pipeline.data.rows import open_source
 from pipeline.data.units import Units
 from pipeline.execution.ledger import Ledger
-from pipeline.execution.machine import give_back_memory
+from pipeline.execution.machine import free_port, give_back_memory
 from pipeline.execution.team import Member
 from pipeline.execution.worker import Pass, UnitWorker
 from pipeline.models.graph import Graph
@@ -159,9 +158,7 @@ def _cut(folder: str) -> dict[str, float]:
 def _score(folder: str, size: int) -> list[dict[str, float]]:
     where = Path(folder) / f"score-{size}"
     where.mkdir()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     mp.spawn(_score_as, args=(folder, str(where), size, address), nprocs=size)
     return [json.loads((where / f"{rank}.json").read_text()) for rank in range(size)]
 

@@ -18,15 +18,11 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from pipeline.execution.machine import free_port
+
 ROOT = Path(__file__).parents[1]
 RAY = [str(Path(sys.executable).parent / "ray")]
 MARK = "PRUNING_TEST_NODE"
-
-
-def free_port() -> int:
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        return int(one.getsockname()[1])
 
 
 def wait_for(condition: Callable[[], object], what: str, timeout_s: float = 600, every_s: float = 0.05) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import socket
 from contextlib import suppress
 
 import ray
@@ -36,6 +37,13 @@ def _malloc_options(options: dict[int, int]) -> None:
         libc = ctypes.CDLL(None)
         for option, value in options.items():
             libc.mallopt(option, value)
+
+
+def free_port() -> int:
+    """One on which nobody listens now."""
+    with socket.socket() as one:
+        one.bind(("", 0))
+        return int(one.getsockname()[1])
 
 
 def bind_gloo() -> None:

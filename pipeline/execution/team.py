@@ -14,7 +14,6 @@ Whatever goes wrong in one member leaves the others waiting: the whole team is g
 from __future__ import annotations
 
 import gc
-import socket
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -32,7 +31,7 @@ from torch import Tensor, nn
 
 from pipeline.data.batches import Batch
 from pipeline.execution.ledger import Commit
-from pipeline.execution.machine import COLLECTIVE_TIMEOUT_S, bind_gloo, give_back_memory
+from pipeline.execution.machine import COLLECTIVE_TIMEOUT_S, bind_gloo, free_port, give_back_memory
 from pipeline.execution.worker import MEMORY_FORMAT, Pass, UnitWorker
 from pipeline.models.sharding import Network, Sharded, Take, build_mesh, explained, shares_of
 from pipeline.models.task import CHECKED_ROWS, Task, add_
@@ -244,9 +243,7 @@ class Team:
     """
 
     def __init__(self, device: str, threads: int, size: int, resources: Mapping[str, int]) -> None:
-        with socket.socket() as free:
-            free.bind(("", 0))
-            address = f"{ray.util.get_node_ip_address()}:{free.getsockname()[1]}"
+        address = f"{ray.util.get_node_ip_address()}:{free_port()}"
         give_back_memory()
         bind_gloo()
         group = get_current_placement_group()

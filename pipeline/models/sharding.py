@@ -85,7 +85,7 @@ def mapped(network: Stored) -> nn.Module:
     aliases, model = _aliases(network.skeleton), copy.deepcopy(network.skeleton)
 
     def value(name: str, empty: Tensor) -> Tensor:
-        found = next((tensors[alias] for alias in aliases[name] if alias in tensors), None)
+        found = _by_any(aliases[name], tensors)
         _require_shape(network.path, name, empty, None if found is None else found.shape)
         assert found is not None
         return found.to(empty.dtype)
@@ -487,6 +487,11 @@ def _aliases(skeleton: nn.Module) -> dict[str, list[str]]:
     return found
 
 
+def _by_any(names: Sequence[str], found: Mapping[str, Any]) -> Any:
+    """What is found under one of these names, or None."""
+    return next((found[name] for name in names if name in found), None)
+
+
 def _require_shape(path: str, name: str, empty: Tensor, shape: Sequence[int] | None) -> None:
     if shape is None or list(shape) != list(empty.shape):
         found = "nothing" if shape is None else list(shape)
@@ -509,7 +514,7 @@ class _TensorFile:
         self.aliases = _aliases(skeleton)
 
     def read(self, name: str, empty: Tensor, rows: tuple[int, int] | None) -> Tensor:
-        stored = next((self.header[alias] for alias in self.aliases[name] if alias in self.header), None)
+        stored = _by_any(self.aliases[name], self.header)
         _require_shape(self.path, name, empty, None if stored is None else stored["shape"])
         assert stored is not None
         start, stop = rows or (0, len(empty) if empty.dim() else 1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from pipeline.data.rows import open_source
 from pipeline.data.units import Units
 from pipeline.execution.drive import LocalPool, PassResult, run_pass
 from pipeline.execution.ledger import Ledger
+from pipeline.execution.machine import free_port
 from pipeline.execution.team import Member
 from pipeline.execution.worker import Pass
 from pipeline.models import sharding
@@ -133,9 +133,7 @@ def member(rank: int, scene: Scene, place: str, address: str) -> None:
 
 
 def by_a_team(scene: Scene) -> PassResult:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{free.getsockname()[1]}"
+    address = f"127.0.0.1:{free_port()}"
     mp.spawn(member, args=(scene, "team", address), nprocs=scene.members)
     return run_pass(scene.work("team"), LocalPool(), max_bad_fraction=0.1)  # all is there: only added up
 
