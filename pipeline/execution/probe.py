@@ -13,7 +13,7 @@ from typing import Any
 
 import ray
 import torch
-from ray.exceptions import RayError
+from ray.exceptions import NodeDiedError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from pipeline import artifacts
@@ -111,6 +111,8 @@ def _ask(
         node = pending[reference]
         try:
             faults[node] = ray.get(reference)
+        except NodeDiedError:  # the list of nodes may not say so yet
+            continue
         except RayError as error:
             faults[node] = [("code", f"a task fails there: {str(error).strip().splitlines()[-1]}")]
             continue
