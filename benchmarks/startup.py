@@ -33,7 +33,7 @@ def measure() -> dict[str, Any]:
     """Seconds of everything that is no work, in one run of the demo."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.time()
-        command = [sys.executable, "-m", "jobs.prune_demo", "--run-dir", folder, "--quiet", "True"]
+        command = [sys.executable, "-m", "jobs.prune_demo", "--run-dir", folder, "--quiet"]
         subprocess.run(command, check=True, stdout=sys.stderr)
         ended = time.time()
         stages = Manifest(folder).stages
