@@ -121,7 +121,7 @@ def test_the_run_leaves_a_report_and_a_network_that_meets_the_budget(undisturbed
     assert json.loads(Path(undisturbed.path("report", "summary.json")).read_text())["pruned"]["top1"] is None
 
 
-@pytest.mark.parametrize("num_workers", [2, 3])
+@pytest.mark.parametrize("num_workers", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_hashes_do_not_depend_on_the_number_of_workers(undisturbed: Run, rows: str, tmp_path: Path, num_workers: int):
     run = Run(config(rows, tmp_path, num_workers))
     until_plan(run)
@@ -230,9 +230,9 @@ def truncated_jpeg() -> bytes:
     ("damage", "cause"),
     [
         ({"bytes": b"only words"}, "image"),
-        ({"bytes": truncated_jpeg()}, "truncated"),
-        ({"label": 1000}, r"label 1000 is not in 0\.\.3"),
-        ({"label": None}, "label"),
+        pytest.param({"bytes": truncated_jpeg()}, "truncated", marks=pytest.mark.slow),
+        pytest.param({"label": 1000}, r"label 1000 is not in 0\.\.3", marks=pytest.mark.slow),
+        pytest.param({"label": None}, "label", marks=pytest.mark.slow),
     ],
 )
 def test_a_bad_row_stops_by_name_and_skipping_it_goes_on_from_there(
@@ -328,7 +328,8 @@ def test_one_pass_serves_every_criterion_and_mask(ray_cluster: None, rows: str, 
     }
 
 
-@pytest.mark.parametrize("budget", [{"params": 0.25}, pytest.param({}, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", [{"params": 0.25}, {}])
 def test_a_masked_run_keeps_its_zeros_to_the_end_and_tells_them(
     ray_cluster: None, rows: str, tmp_path: Path, budget: dict[str, float]
 ):
@@ -369,7 +370,7 @@ def test_the_report_says_how_the_plan_settles(undisturbed: Run):
     assert "How the plan settles" in Path(undisturbed.path("report", "report.html")).read_text()
 
 
-@pytest.mark.parametrize("num_workers", [1, 3])
+@pytest.mark.parametrize("num_workers", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_pass_ends_when_the_plan_is_stable_whoever_computes_it(
     ray_cluster: None, rows: str, tmp_path: Path, num_workers: int
 ):
@@ -442,6 +443,7 @@ def test_what_changes_the_bits_is_refused_when_done_and_reported_when_begun(
     assert re.search(f"score: was begun with other values, begins anew .*{cause}", capsys.readouterr().err)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_movement_is_collected_while_the_dense_network_is_trained(ray_cluster: None, rows: str, tmp_path: Path):
     training = TrainingConfig(epochs=1, batch_size=32, num_streams=4, warmup_epochs=0.1, lr=0.01)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ray.exceptions import NodeDiedError
 
 from pipeline.data.rows import Source, open_source
 from pipeline.execution import probe
@@ -124,6 +125,18 @@ def test_a_node_whose_mount_hangs_is_named(
     monkeypatch.setattr(probe, "TIMEOUT_S", 0.5)
     with pytest.raises(UnfitNodes, match=r"no answer within 0 s\. Look at its mounts"):
         ask(tmp_path, source)
+
+
+def test_a_node_that_dies_while_it_is_asked_is_gone_and_not_unfit(
+    foreign: None, source: Source, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Though the cluster's list of nodes still has it as alive."""
+
+    def died(reference: object) -> None:
+        raise NodeDiedError("Task failed because the node it was running on is dead or unavailable.")
+
+    monkeypatch.setattr(probe.ray, "get", died)
+    assert ask(tmp_path, source) == 0
 
 
 def test_equal_faults_are_told_once_with_the_first_nodes():
