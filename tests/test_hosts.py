@@ -73,7 +73,7 @@ def test_a_job_outlives_hosts_that_are_cut_off_and_come_back(hosts: Hosts, tmp_p
     changes = {
         "data": data,
         "score": ScoreConfig(rows_per_unit=4, micro_batch=1),
-        "recover": RECOVER.model_copy(update={"epochs": 2}),
+        "recover": RECOVER.model_copy(update={"epochs": 6}),
     }
     run_undisturbed(prepare(data.train, tmp_path / "quiet", **changes))
     run_dir = tmp_path / "disturbed"
