@@ -1,6 +1,6 @@
 """Recovery through Ray Train beside the same loop in one plain process: `python -m benchmarks.recovery --data ROWS.parquet`.
 
-plain         training.loop.train in a process of its own, with as many threads as the workers have together
+plain         training.loop.train in a process of its own, with as many threads as the workers have together, and their malloc settings
 two_workers   execution.train.fit with two workers of one thread each: DDP over gloo, checkpoints, reports
 
 Both train the same network with its teacher on the same global batches. Rates are those of the history between the first record and
@@ -24,6 +24,7 @@ from torch import nn
 from benchmarks.measuring import image_rows, in_fresh_process, versions
 from pipeline.data.rows import Source
 from pipeline.data.stream import Augmentation, TrainingOrder
+from pipeline.execution.machine import keep_freed_memory
 from pipeline.execution.pool import connect
 from pipeline.execution.train import fit
 from pipeline.models import zoo
@@ -124,6 +125,7 @@ class Training:
 def plain(training: Training) -> dict[str, float]:
     """In this process alone, with a directory for checkpoints as the workers have one."""
     torch.set_num_threads(WORKERS)
+    keep_freed_memory()
     network, started = training.network(), time.time()
     with tempfile.TemporaryDirectory() as folder:
         result = train(
